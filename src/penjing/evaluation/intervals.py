@@ -133,11 +133,9 @@ def newcombe_paired(*, both: int, gained: int, lost: int, neither: int) -> tuple
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
     phi = 0.0
     if margins > 0:
-        cross = both * neither - gained * lost
-        if cross > n / 2:
-            cross = int(cross - n / 2) if n % 2 == 0 else cross - n / 2  # type: ignore[assignment]
-        elif cross >= 0:
-            cross = 0
+        cross = float(both * neither - gained * lost)
+        if cross > 0:  # Newcombe's continuity correction; negative association is taken as it is
+            cross = max(0.0, cross - n / 2)
         phi = cross / math.sqrt(margins)
     down_r, up_r = p_result - low_r, high_r - p_result
     down_b, up_b = p_baseline - low_b, high_b - p_baseline
