@@ -1,0 +1,106 @@
+"""penjing compress: a recipe applied, the result measured beside the original, and everything written to one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from penjing.cli import options, views
+from penjing.cli.models import load_network
+from penjing.cli.outputs import output_folder
+from penjing.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from penjing.recipe import Recipe
+
+
+def compress(
+    context: typer.Context,
+    model: options.Model,
+    data: options.RequiredData,
+    test: Annotated[
+        str | None, typer.Option("--test", metavar="DATA", help="Samples to measure on; without it, those of --data.")
+    ] = None,
+    task: options.Task = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", metavar="FILE", help="Steps in YAML or JSON; without it, a default that suits --task."
+        ),
+    ] = None,
+    target: options.Targets = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="The folder to write; without it, NAME-compressed.")
+    ] = None,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> int:
+    """Makes MODEL smaller and faster, measures it beside the original, and writes a bundle.
+
+    [bold]penjing compress net.py:build --data net.py:train --test net.py:test --task classification[/]
+    """
+    import penjing as pj
+    from penjing.cli.targets import bundle_folders, parse_targets
+    from penjing.data import load_data
+    from penjing.task import get_task
+
+    screen: Screen = context.obj
+    targets = parse_targets(target)
+    goal = get_task(task) if task else None
+    steps = pj.Recipe.load(Path(recipe)) if recipe else default_recipe(task)
+    if out is not None:
+        output_folder(out)
+    samples = load_data(data)
+    held_out = load_data(test) if test else None
+    network = load_network(model, data=samples)
+    folder = output_folder(out or f"{network.name}-compressed")
+    if recipe is None:
+        why = (
+            "channels, distillation, int8"
+            if task
+            else "int8 only; with --task, channels are pruned and trained again too"
+        )
+        screen.note(f"no --recipe: the default one ({why})")
+    if held_out is None:
+        screen.note("no --test: measured on the samples of --data, which flatters the result")
+
+    result = pj.compress(network, steps, data=samples, task=goal, test=held_out, seed=seed, progress=screen)
+    reports = []
+    with bundle_folders(folder, targets) as places:
+        for one, place in places:
+            report = pj.evaluate(
+                result.network,
+                held_out or samples,
+                baseline=network,
+                target=one,
+                task=goal,
+                steps=result.steps,
+                progress=screen,
+            )
+            pj.deploy(result.network, target=one, out=place, report=report, recipe=steps)
+            reports.append(report.to_dict())
+    screen.say(views.steps_table(reports[0].get("steps") or ()))
+    for row in reports:
+        screen.say()
+        screen.say(views.report_table(row, views.report_heading(row)))
+        for sentence in views.honest_words(row):
+            screen.say(f"[yellow]{sentence}[/]")
+    screen.say()
+    screen.line(f"written to {folder}/: the deployable files, report.html, report.json, the recipe")
+    screen.emit({"schema": 1, "out": str(folder), "reports": reports})
+    return 0 if all((r.get("verdict") or {}).get("met", True) for r in reports) else 3
+
+
+def default_recipe(task: str | None) -> Recipe:
+    """What is done when nothing is asked for: with a task, channels and distillation before int8; without, int8 alone.
+
+    Without labels there is nothing to train towards, and pruning without training costs accuracy.
+    """
+    import penjing as pj
+
+    quantize = pj.Quantize(weights="int8", activations="int8")
+    if task is None:
+        return pj.Recipe(quantize)
+    return pj.Recipe(pj.PruneChannels(ratio=0.3), pj.Finetune(epochs=3, teacher="original"), quantize)

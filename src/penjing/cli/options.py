@@ -1,0 +1,55 @@
+"""The arguments that several verbs share, spelled once."""
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="The network: file.py:callable, package.module:callable, net.pt2, net.safetensors, net.penjing "
+        "or a bundle.",
+    ),
+]
+RequiredData = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="Samples: file.py:callable (a Dataset or DataLoader), samples.npz (arrays x and y), "
+        "a folder of class folders of images, or digits.",
+    ),
+]
+OptionalData = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DATA", help="Samples, as in penjing compress; example inputs come from them."),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="NAME",
+        help="What good means: classification, regression, segmentation, language-modelling, reconstruction. "
+        "Without it, labels are never looked at.",
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="TARGET",
+        help="The runtime, with options: onnxruntime, openvino:threads=2,precision=f32. Give it again for more.",
+    ),
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="SHAPE",
+        help="Where there is no data: the shape of an input, batch first, as 1x3x32x32 or 1x128:int64; "
+        "once for each input.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Makes the run repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]

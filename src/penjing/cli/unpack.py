@@ -1,0 +1,36 @@
+"""penjing unpack: the network in a package, as a file that any tool reads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from penjing.cli import views
+from penjing.cli.models import load_network
+from penjing.cli.options import Json
+from penjing.cli.outputs import output_file
+from penjing.cli.screen import Screen
+from penjing.errors import InputError
+
+
+def unpack(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The package, ending in .penjing.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The file to write, ending in .safetensors.")],
+    json: Json = False,
+) -> int:
+    """Unpacks FILE into a .safetensors file: its tensors open anywhere, its graph with Network.load.
+
+    [bold]penjing unpack net.penjing net.safetensors[/]
+    """
+    screen: Screen = context.obj
+    if not file.endswith(".penjing"):
+        raise InputError(f"{file} is not a package", hint="a package ends in .penjing; penjing pack writes one")
+    path = output_file(out, suffixes=(".safetensors",))
+    network = load_network(file)
+    network.save(path)
+    size = path.stat().st_size
+    screen.line(f"{path}: {views.bytes_(size)}, {len(network.tensors())} tensors")
+    screen.emit({"schema": 1, "path": str(path), "bytes": size, "tensors": len(network.tensors())})
+    return 0
