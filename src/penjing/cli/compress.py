@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from penjing.cli import options, views
+from penjing.cli import options
 from penjing.cli.models import load_network
 from penjing.cli.outputs import output_folder
 from penjing.cli.screen import Screen
+from penjing.cli.show import show_report
 
 if TYPE_CHECKING:
     from penjing.recipe import Recipe
@@ -42,7 +43,8 @@ def compress(
     [bold]penjing compress net.py:build --data net.py:train --test net.py:test --task classification[/]
     """
     import penjing as pj
-    from penjing.cli.targets import bundle_folders, parse_targets
+    from penjing.cli import views
+    from penjing.cli.targets import parse_targets
     from penjing.data import load_data
     from penjing.task import get_task
 
@@ -67,30 +69,22 @@ def compress(
         screen.note("no --test: measured on the samples of --data, which flatters the result")
 
     result = pj.compress(network, steps, data=samples, task=goal, test=held_out, seed=seed, progress=screen)
-    reports = []
-    with bundle_folders(folder, targets) as places:
-        for one, place in places:
-            report = pj.evaluate(
-                result.network,
-                held_out or samples,
-                baseline=network,
-                target=one,
-                task=goal,
-                steps=result.steps,
-                progress=screen,
-            )
-            pj.deploy(result.network, target=one, out=place, report=report, recipe=steps)
-            reports.append(report.to_dict())
-    screen.say(views.steps_table(reports[0].get("steps") or ()))
-    for row in reports:
-        screen.say()
-        screen.say(views.report_table(row, views.report_heading(row)))
-        for sentence in views.honest_words(row):
-            screen.say(f"[yellow]{sentence}[/]")
-    screen.say()
-    screen.line(f"written to {folder}/: the deployable files, report.html, report.json, the recipe")
-    screen.emit({"schema": 1, "out": str(folder), "reports": reports})
-    return 0 if all((r.get("verdict") or {}).get("met", True) for r in reports) else 3
+    report = pj.evaluate(
+        result.network,
+        held_out or samples,
+        baseline=network,
+        target=targets,
+        task=goal,
+        steps=result.steps,
+        progress=screen,
+    )
+    pj.deploy(result.network, target=targets, out=folder, report=report, recipe=steps)
+    found = report.to_dict()
+    screen.say(views.steps_table(found["steps"]))
+    show_report(screen, found)
+    screen.line(f"written to {folder}/: the files to deploy, report.html, report.json, the recipe")
+    screen.emit({**found, "out": str(folder)})
+    return 0 if report.met else 3
 
 
 def default_recipe(task: str | None) -> Recipe:

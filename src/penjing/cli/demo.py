@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from penjing.cli import options, views
+from penjing.cli import options
 from penjing.cli.outputs import output_folder
 from penjing.cli.screen import Screen
-
-_PRETTY = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}
+from penjing.cli.tables import table
 
 
 def demo(
@@ -28,18 +27,20 @@ def demo(
     screen.say("[bold]penjing demo[/]: a network that reads handwritten digits, made smaller and faster\n")
     start = time.monotonic()
 
-    import penjing as pj
-    from penjing.cli.digits import DigitsNet, digits
-    from penjing.cli.targets import installed_targets
-
-    targets = installed_targets(("onnxruntime", "openvino"))
-    train, test = digits(seed)
     import torch
 
+    import penjing as pj
+    from penjing.cli import views
+    from penjing.cli.digits import DigitsNet
+    from penjing.cli.targets import installed_targets
+    from penjing.data import digits
+
+    targets = installed_targets(("onnxruntime", "openvino"))
+    train, test = digits("train"), digits("test")
     torch.manual_seed(seed)
     raw = pj.capture(DigitsNet(), inputs=(train.tensors[0][:2],), name="digits")
     teach = pj.Recipe(pj.Finetune(epochs=15, lr=0.1))
-    _tell(screen, start, "1. training the network on 1347 digits (450 are held out)")
+    _tell(screen, start, f"1. training the network on {len(train)} digits ({len(test)} are held out to measure on)")
     original = pj.compress(raw, teach, data=train, task="classification", seed=seed, progress=screen).network
 
     recipe = pj.Recipe(
@@ -52,32 +53,29 @@ def demo(
     )
     result = pj.compress(original, recipe, data=train, task="classification", test=test, seed=seed, progress=screen)
 
-    reports: list[dict[str, Any]] = []
-    for target in targets:
-        name = _PRETTY.get(target.runtime, target.runtime)
-        _tell(screen, start, f"3. measuring both on {name}, taking turns, and writing the bundle")
-        report = pj.evaluate(
-            result.network,
-            test,
-            baseline=original,
-            target=target,
-            task="classification",
-            steps=result.steps,
-            progress=screen,
-        )
-        pj.deploy(result.network, target=target, out=folder / target.runtime, report=report, recipe=recipe)
-        reports.append(report.to_dict())
+    names = " and ".join(views.pretty(t.runtime) for t in targets)
+    _tell(screen, start, f"3. measuring both, taking turns, on {names}")
+    report = pj.evaluate(
+        result.network,
+        test,
+        baseline=original,
+        target=targets,
+        task="classification",
+        steps=result.steps,
+        progress=screen,
+    )
+    pj.deploy(result.network, target=targets, out=folder, report=report, recipe=recipe)
     _tell(screen, start, "4. packing both for the wire")
     pj.pack(original, folder / "original.penjing")
     pj.pack(result.network, folder / "digits.penjing")
     seconds = time.monotonic() - start
+    found = report.to_dict()
     screen.say()
-    screen.say(_summary(reports))
-    for report in reports:
-        for sentence in views.honest_words(report):
-            screen.say(f"[yellow]{sentence}[/]")
-    _next(screen, folder, targets[0].runtime, seconds)
-    screen.emit({"schema": 1, "out": str(folder), "seconds": seconds, "reports": reports})
+    screen.say(_summary(found["targets"]))
+    for sentence in views.warnings(found):
+        screen.warn(sentence)
+    _next(screen, folder, seconds)
+    screen.emit({**found, "out": str(folder), "seconds": seconds})
     return 0
 
 
@@ -85,37 +83,31 @@ def _tell(screen: Screen, start: float, text: str) -> None:
     screen.say(f"[dim]{time.monotonic() - start:4.0f} s[/]  {text}")
 
 
-def _summary(reports: list[dict[str, Any]]) -> Table:
-    """One table: what is the same everywhere first, then speed and accuracy on every runtime."""
-    table = Table(header_style="bold", pad_edge=False)
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    table.add_column("change")
-    first = reports[0]
-    for row in views.rows(first.get("baseline"), first["result"]):
-        if row[0] in views.EVERYWHERE:
-            table.add_row(*row)
-    for report in reports:
-        table.add_section()
-        runtime = _PRETTY.get(report["result"]["runtime"], report["result"]["runtime"])
-        precision = f"{report['baseline'].get('precision')}", f"{report['result'].get('precision')}"
-        table.add_row(f"[bold]on {runtime}[/]", *(f"[dim]{p}[/]" for p in precision), "")
-        for row in views.rows(report.get("baseline"), report["result"]):
-            if row[0] not in views.EVERYWHERE:
-                table.add_row("  " + row[0], *row[1:])
-    return table
+def _summary(targets: list[dict[str, Any]]) -> Table:
+    """One table: what is the same everywhere first, then what every runtime makes of it."""
+    from penjing.cli import views
+
+    made = table("What came of it")
+    for column in ("", "before", "after", "change"):
+        made.add_column(column, justify="right" if column in ("before", "after") else "left")
+    for line in views.lines(targets[0]):
+        if line[0] in views.EVERYWHERE:
+            made.add_row(line[0], line[1], *line[-2:])
+    for target in targets:
+        made.add_section()
+        heading = f"[bold]on {views.pretty(target['result']['runtime'])}[/]"
+        made.add_row(heading, *(f"[dim]{target[m]['precision']}[/]" for m in ("best_uncompressed", "result")), "")
+        for line in views.lines(target):
+            if line[0] not in views.EVERYWHERE:
+                made.add_row("  " + line[0], *line[-3:])
+    return made
 
 
-def _next(screen: Screen, folder: Path, runtime: str, seconds: float) -> None:
+def _next(screen: Screen, folder: Path, seconds: float) -> None:
     screen.say(f"\nDone in {seconds:.0f} s. [bold]Where things are[/]")
-    screen.line(
-        f"  {folder}/{runtime}/report.html    the same numbers with their spread, step by step: open it in a browser"
-    )
-    screen.line(
-        f"  {folder}/{runtime}/               the bundle: the file that {runtime} opens, report, recipe, provenance"
-    )
-    screen.line(f"  {folder}/digits.penjing           the network in one small file for the wire")
+    screen.line(f"  {folder}/report.html        the same numbers with their spread, step by step: open it in a browser")
+    screen.line(f"  {folder}/                   the bundle: the files that runtimes open, report, recipe, provenance")
+    screen.line(f"  {folder}/digits.penjing     the small network in one file for the wire")
     screen.say("[bold]What to try next[/]")
     screen.line(f"  penjing inspect {folder}/digits.penjing")
     screen.line(f"  penjing unpack {folder}/digits.penjing again.safetensors")

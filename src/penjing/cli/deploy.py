@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
-from penjing.cli import options, views
+from penjing.cli import options
 from penjing.cli.models import load_network
 from penjing.cli.outputs import output_folder
 from penjing.cli.screen import Screen
+from penjing.cli.tables import facts
 
 
 def deploy(
@@ -26,20 +28,22 @@ def deploy(
     [bold]penjing deploy net.penjing --target openvino --out bundle[/]
     """
     import penjing as pj
-    from penjing.cli.targets import bundle_folders, parse_targets
+    from penjing.cli.targets import parse_targets
     from penjing.data import load_data
+    from penjing.evaluation import words
 
     screen: Screen = context.obj
     targets = parse_targets(target)
     folder = output_folder(out)
     samples = load_data(data) if data else None
     network = load_network(model, data=samples, shapes=input_shape)
-    artifacts = []
-    with bundle_folders(folder, targets) as places:
-        for one, place in places:
-            with screen.task(f"export for {one.runtime}"):
-                bundle = pj.deploy(network, target=one, out=place)
-            artifacts += [a if isinstance(a, dict) else vars(a) for a in bundle.artifacts]
-    screen.say(views.facts([(str(a.get("path")), views.bytes_(a.get("bytes"))) for a in artifacts], "Written"))
+    bundle = pj.deploy(network, target=targets, out=folder, progress=screen)
+    artifacts = [dict(a) for a in bundle.artifacts]
+    rows = [(f"{folder / str(a['path'])}", f"{words.size(a['bytes'])}, {_parity(a['parity'])}") for a in artifacts]
+    screen.say(facts(rows, f"Written to {folder}/"))
     screen.emit({"schema": 1, "out": str(folder), "artifacts": artifacts})
     return 0
+
+
+def _parity(parity: Mapping[str, Any]) -> str:
+    return f"outputs within {parity['max_abs']:.2g} of the network's own"

@@ -1,12 +1,9 @@
-"""The network and the data of `penjing demo`: handwritten digits of 8 by 8 pixels, from scikit-learn."""
+"""The network of `penjing demo`."""
 
 from __future__ import annotations
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 
 class Block(nn.Module):
@@ -38,14 +35,3 @@ class DigitsNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.block2(self.down(self.block1(self.stem(x))))
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-def digits(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
-    """1347 digits to train on and 450 held out, the classes in equal shares; the split depends on `seed` alone."""
-    pixels, labels = load_digits(return_X_y=True)
-    parts = train_test_split(pixels / 16.0, labels, test_size=450, random_state=seed, stratify=labels)
-    x, x_test, y, y_test = (torch.as_tensor(p) for p in parts)
-    return (
-        TensorDataset(x.float().view(-1, 1, 8, 8), y.long()),
-        TensorDataset(x_test.float().view(-1, 1, 8, 8), y_test.long()),
-    )

@@ -15,9 +15,9 @@ import typer
 from rich.table import Table
 
 from penjing._version import __version__
-from penjing.cli import views
 from penjing.cli.options import Json
 from penjing.cli.screen import Screen
+from penjing.cli.tables import facts, table
 from penjing.errors import InputError, PenjingError
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _checked(name: str, work: Any, remedy: str) -> dict[str, Any]:
 def _packages_table(found: dict[str, Any]) -> Table:
     rows = [("penjing", found["penjing"]), ("python", found["python"])]
     rows += [(n, v or "not installed") for n, v in found["packages"].items()]
-    return views.facts(rows, "Versions")
+    return facts(rows, "Versions")
 
 
 def _machine_table(found: dict[str, Any]) -> Table:
@@ -200,16 +200,14 @@ def _machine_table(found: dict[str, Any]) -> Table:
     if not int8 and have:
         rows.append(("note", "no int8 instructions (VNNI, AMX): int8 gains less speed here than on newer processors"))
     free = found["free_disk_bytes"]
-    rows.append(("free disk", ", ".join(f"{views.bytes_(v)} ({k})" for k, v in free.items())))
-    return views.facts(rows, "\nMachine")
+    rows.append(("free disk", ", ".join(f"{v / 1e9:.1f} GB ({k})" for k, v in free.items())))
+    return facts(rows, "\nMachine")
 
 
 def _checks_table(checks: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="\nTried just now", title_justify="left", title_style="bold", header_style="bold", pad_edge=False
-    )
+    made = table("\nTried just now")
     for column in ("", "works", "seconds", "what happened"):
-        table.add_column(column)
+        made.add_column(column)
     for c in checks:
-        table.add_row(c["name"], "[green]yes[/]" if c["ok"] else "[red]no[/]", f"{c['seconds']:.1f}", c["says"])
-    return table
+        made.add_row(c["name"], "[green]yes[/]" if c["ok"] else "[red]no[/]", f"{c['seconds']:.1f}", c["says"])
+    return made

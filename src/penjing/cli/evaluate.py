@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from penjing.cli import options, views
+from penjing.cli import options
 from penjing.cli.models import load_network
 from penjing.cli.screen import Screen
+from penjing.cli.show import show_report
 
 
 def evaluate(
@@ -43,12 +44,8 @@ def evaluate(
     networks = [(name, load_network(name, data=samples)) for name in models]
     rows = []
     for name, network in networks:
-        for one in targets:
-            report = pj.evaluate(network, samples, baseline=base, target=one, task=goal, progress=screen).to_dict()
-            rows.append({"model": name, **report})
-            screen.say(views.report_table(report, f"{name} on {views.report_heading(report)}"))
-            for sentence in views.honest_words(report):
-                screen.say(f"[yellow]{sentence}[/]")
-            screen.say()
+        report = pj.evaluate(network, samples, baseline=base, target=targets, task=goal, progress=screen).to_dict()
+        rows.append({"model": name, **report})
+        show_report(screen, report, name)
     screen.emit({"schema": 1, "reports": rows})
     return 0

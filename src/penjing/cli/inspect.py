@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penjing.cli import options, views
+from penjing.cli import options
 from penjing.cli.models import load_network
 from penjing.cli.screen import Screen
+from penjing.cli.show import show_report
+from penjing.cli.tables import facts, table
 from penjing.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def _package(screen: Screen, path: Path) -> dict[str, Any]:
 def _report(screen: Screen, folder: Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json_module.loads((folder / "report.json").read_text(encoding="utf8"))
-        screen.say(views.report_table(report, views.report_heading(report)))
+        show_report(screen, report)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder / 'report.json'} is damaged: {error}", hint="write the bundle again with penjing deploy"
@@ -80,6 +82,7 @@ def _report(screen: Screen, folder: Path) -> dict[str, Any]:
 
 
 def _network(screen: Screen, network: Network) -> dict[str, Any]:
+    from penjing.evaluation import words
     from penjing.network.footprint import footprint
 
     tensors = network.tensors()
@@ -112,7 +115,7 @@ def _network(screen: Screen, network: Network) -> dict[str, Any]:
         "tensors": rows,
     }
     screen.say(
-        views.facts(
+        facts(
             [
                 (
                     "inputs",
@@ -123,13 +126,13 @@ def _network(screen: Screen, network: Network) -> dict[str, Any]:
                 ("outputs", ", ".join(described["outputs"])),
                 ("parameters", f"{described['parameters']:,}"),
                 ("multiply-adds", f"{described['macs']:,} a sample"),
-                ("tensors", f"{views.bytes_(described['tensor_bytes'])} in {len(rows)}"),
-                ("history", ", then ".join(str(e.get("step", e)) for e in network.history) or "none: as captured"),
+                ("tensors", f"{words.size(described['tensor_bytes'])} in {len(rows)}"),
+                ("history", ", then ".join(str(e.get("name") or e.get("event")) for e in network.history) or "none"),
             ],
             network.name,
         )
     )
-    table = views.Table(header_style="bold", pad_edge=False)
+    made = table()
     for column, side in (
         ("tensor", "left"),
         ("shape", "right"),
@@ -137,12 +140,12 @@ def _network(screen: Screen, network: Network) -> dict[str, Any]:
         ("size", "right"),
         ("zeros", "right"),
     ):
-        table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
+        made.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
     big = sorted(rows, key=lambda r: -r["bytes"])[:_ROWS]
     for row in big:
         shape = "×".join(map(str, row["shape"])) or "scalar"
-        table.add_row(row["name"], shape, row["dtype"], views.bytes_(row["bytes"]), f"{100 * row['zeros']:.0f} %")
-    screen.say(table)
+        made.add_row(row["name"], shape, row["dtype"], words.size(row["bytes"]), f"{100 * row['zeros']:.0f} %")
+    screen.say(made)
     if len(rows) > _ROWS:
         screen.note(f"the {_ROWS} largest of {len(rows)} tensors; --json lists them all")
     return described

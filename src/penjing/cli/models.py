@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penjing.errors import CaptureError, DataError, InputError
+from penjing.errors import CaptureError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -114,11 +114,7 @@ def _example(data: Data | None, shapes: list[str]) -> Any:
     """Example inputs for capture: random ones of `shapes`, else two samples of `data`, else None."""
     if shapes:
         return tuple(_random(s) for s in shapes)
-    if data is None:
-        return None
-    for inputs, _ in data.batches(2, limit=2):
-        return inputs if isinstance(inputs, tuple | dict) else (inputs,)
-    raise DataError("there is not one sample in the data", hint="give data with at least one sample")
+    return None if data is None else data.first(2)
 
 
 def _random(shape: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from penjing.cli import options, views
+from penjing.cli import options
 from penjing.cli.models import load_network
 from penjing.cli.outputs import output_file
 from penjing.cli.screen import Screen
@@ -26,6 +26,7 @@ def pack(
     """
     import penjing as pj
     from penjing.data import load_data
+    from penjing.evaluation import words
 
     screen: Screen = context.obj
     path = output_file(file, suffixes=(".penjing",))
@@ -36,7 +37,7 @@ def pack(
     size = path.stat().st_size
     raw = sum(t.numel() * t.element_size() for t in network.tensors().values())
     screen.line(
-        f"{path}: {views.bytes_(size)} ({raw / size:.2f}× smaller than the tensors themselves, {views.bytes_(raw)})"
+        f"{path}: {words.size(size)} ({raw / size:.2f}× smaller than the tensors themselves, {words.size(raw)})"
     )
     screen.emit({"schema": 1, "path": str(path), "bytes": size, "tensor_bytes": raw})
     return 0

@@ -42,6 +42,10 @@ class Screen:
         """One plain sentence while work goes on."""
         self.console.print(escape(text), style="dim", soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """A plain sentence that a reader must not overlook."""
+        self.console.print(escape(text), style="yellow", soft_wrap=True)
+
     def line(self, text: str) -> None:
         """A plain line that is never wrapped nor read as markup."""
         self.console.print(escape(text), soft_wrap=True)

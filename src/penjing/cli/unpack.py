@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from penjing.cli import views
 from penjing.cli.models import load_network
 from penjing.cli.options import Json
 from penjing.cli.outputs import output_file
@@ -24,6 +23,8 @@ def unpack(
 
     [bold]penjing unpack net.penjing net.safetensors[/]
     """
+    from penjing.evaluation import words
+
     screen: Screen = context.obj
     if not file.endswith(".penjing"):
         raise InputError(f"{file} is not a package", hint="a package ends in .penjing; penjing pack writes one")
@@ -31,6 +32,6 @@ def unpack(
     network = load_network(file)
     network.save(path)
     size = path.stat().st_size
-    screen.line(f"{path}: {views.bytes_(size)}, {len(network.tensors())} tensors")
+    screen.line(f"{path}: {words.size(size)}, {len(network.tensors())} tensors")
     screen.emit({"schema": 1, "path": str(path), "bytes": size, "tensors": len(network.tensors())})
     return 0
