@@ -6,7 +6,9 @@ from penjing.errors import BudgetError
 from penjing.evaluation.constraints import parse_constraints, verdict
 
 
-def measured(value: float = 0.90, p50: float = 2.0, file: int = 1_000_000, unit: str = "%", name: str = "accuracy") -> dict:
+def measured(
+    value: float = 0.90, p50: float = 2.0, file: int = 1_000_000, unit: str = "%", name: str = "accuracy"
+) -> dict:
     return {
         "metric": {"name": name, "value": value, "unit": unit},
         "latency_ms": {"p50": p50, "p95": p50 * 1.2, "n": 100},

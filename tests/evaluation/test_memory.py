@@ -12,7 +12,9 @@ from penjing.evaluation.memory import peak_memory
 
 
 def matmul(path: Path, size: int) -> Path:
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [size, size], np.zeros(size * size, np.float32).tobytes(), raw=True)
+    weight = helper.make_tensor(
+        "w", TensorProto.FLOAT, [size, size], np.zeros(size * size, np.float32).tobytes(), raw=True
+    )
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
         "g",

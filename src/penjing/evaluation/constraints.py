@@ -2,17 +2,17 @@
 
 One constraint is ``QUANTITY >= LIMIT`` or ``QUANTITY <= LIMIT``:
 
-=============================  ==========================================================================================
+=============================  ========================================================================================
 quantity                       what is compared
-=============================  ==========================================================================================
+=============================  ========================================================================================
 ``metric`` or its own name     the task's metric (``accuracy``, ``loss``, ``fidelity``, …)
-``latency``                    median latency; ``x`` is taken against the *best* uncompressed setting of the same runtime
+``latency``                    median latency; ``x`` is against the *best* uncompressed setting of that runtime
 ``throughput``                 samples a second; ``x`` likewise
 ``size`` (or ``file``)         bytes of the exported artefact
 ``wire``                       bytes of the packed network
 ``memory``                     peak memory of a fresh process
 ``macs``, ``parameters``       counts
-=============================  ==========================================================================================
+=============================  ========================================================================================
 
 Limits: ``0.5x`` or ``50%`` of the baseline; ``-1%`` or ``+5%`` is a change (for a metric between 0 and 1: in points);
 ``5ms``, ``2MB``, ``2MiB``, ``30M``, ``92%`` of a metric, or a plain number is absolute.
@@ -31,8 +31,8 @@ from penjing.errors import BudgetError
 QUANTITIES = ("metric", "latency", "throughput", "size", "wire", "memory", "macs", "parameters")
 _ALIASES = {"file": "size", "params": "parameters", "bytes": "size"}
 _METRIC_NAMES = (
-    *("accuracy", "loss", "fidelity", "agreement", "relative_error", "perplexity", "psnr", "miou", "iou", "f1", "r2"),
-    *("mse", "mae", "rmse", "error", "nll", "score"),
+    *("accuracy", "loss", "fidelity", "agreement", "relative_error", "perplexity", "psnr", "mean_iou", "f1"),
+    *("nats_per_token", "mse", "mae", "rmse", "r2", "error", "nll", "score", "top1", "auc"),
 )
 _UNITS: dict[str, dict[str, float]] = {
     "latency": {"ns": 1e-6, "us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3},
@@ -64,8 +64,8 @@ class Constraint:
         quantity: one of ``QUANTITIES``.
         name: the metric's own name when the user used one (``accuracy``), else the quantity.
         at_most: True for ``<=``.
-        kind: ``"ratio"`` (limit 0.5 = half the baseline), ``"change"`` (limit -0.01 = one hundredth less) or ``"absolute"``.
-        limit: milliseconds, bytes, counts or metric units for absolute limits.
+        kind: ``"ratio"`` (limit 0.5 = half the baseline), ``"change"`` (limit -0.01 = one hundredth less) or
+        ``"absolute"``. limit: milliseconds, bytes, counts or metric units for absolute limits.
         percent: the limit was written with ``%`` (a change of a metric is then in points or relative, by the metric).
     """
 
@@ -94,7 +94,7 @@ class Constraint:
         """
         if self.quantity == "metric":
             metric = result.get("metric") or {}
-            if self.name not in ("metric", metric.get("name")):
+            if self.name not in ("metric", _plain_name(str(metric.get("name", "")))):
                 raise BudgetError(
                     f"the constraint '{self.text}' speaks of '{self.name}', but the metric here is "
                     f"'{metric.get('name', 'not measured')}'",
@@ -157,14 +157,16 @@ def _parse(text: str) -> Constraint:
     compare = found["compare"]
     if compare in ("==", "="):
         raise BudgetError(f"the constraint '{text}' must use <= or >=", hint=example)
-    name = found["quantity"].strip().lower().replace(" ", "_").replace("-", "_")
+    name = _plain_name(found["quantity"])
     name = _ALIASES.get(name, name)
     quantity = name if name in QUANTITIES else "metric"
     if quantity == "metric" and name != "metric" and name not in _METRIC_NAMES:
         known = (*QUANTITIES, *_METRIC_NAMES)
         close = _closest(name, known)
         if close:
-            raise BudgetError(f"the constraint '{text}' names an unknown quantity; did you mean '{close}'?", hint=example)
+            raise BudgetError(
+                f"the constraint '{text}' names an unknown quantity; did you mean '{close}'?", hint=example
+            )
     number = float(found["number"])
     sign = {"+": 1.0, "": 1.0}.get(found["sign"], -1.0)
     kind, limit, percent = _limit(text, quantity, number, found["sign"], found["unit"])
@@ -212,6 +214,11 @@ def _read(quantity: str, measurement: Mapping[str, Any]) -> float | None:
     else:
         found = measurement.get(_FIELDS[quantity])
     return None if found is None else float(found)
+
+
+def _plain_name(text: str) -> str:
+    """``Mean IoU`` and ``mean-iou`` → ``mean_iou``."""
+    return re.sub(r"[\s-]+", "_", text.strip().lower())
 
 
 def _closest(name: str, known: tuple[str, ...]) -> str | None:

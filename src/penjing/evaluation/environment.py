@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("penjing", "torch", "numpy", "onnx", "onnxruntime", "openvino", "onnxscript")
-_TELLING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm", "bf16")
+_TELLING = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
 
 
 def environment(*, seed: int | None = None, threads: int | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Intervals for means of per-sample scores, and for the difference of two means taken on the same samples.
 
 Sources: Wilson (1927) for proportions; Newcombe (1998), "Improved confidence intervals for the difference between
-binomial proportions based on paired data", method 10, for paired proportions; McNemar (1947) in its exact binomial form;
+binomial proportions based on paired data", method 10, for paired ones; McNemar (1947) in its exact binomial form;
 Efron's BCa bootstrap (scipy) for small samples of any other score, Student's t for large ones.
 """
 
@@ -20,7 +20,7 @@ Scores = NDArray[np.float64]
 
 _LEVEL = 0.95
 _Z = float(stats.norm.ppf(0.5 + _LEVEL / 2))
-_BOOTSTRAP_UP_TO = 1000  # above this many samples the t interval agrees with the bootstrap to the digits that are printed
+_BOOTSTRAP_UP_TO = 1000  # with more samples the t interval agrees with the bootstrap to the digits that are printed
 _RESAMPLES = 2000
 
 

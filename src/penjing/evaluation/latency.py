@@ -1,8 +1,9 @@
 """Latency of several sessions side by side: interleaved in one process, so that their ratio survives a noisy machine.
 
 Every round visits every session once, in an order shuffled anew. A visit is a short block: some calls that are thrown
-away (the caches and thread pools were the other session's a moment ago) and then the timed ones. So each session runs as
-it would in a loop of its own, and what the machine does meanwhile (frequency, neighbours) falls on all of them alike.
+away (the caches and thread pools were the other session's a moment ago) and then the timed ones. So each session runs
+as it would in a loop of its own, and what the machine does meanwhile (frequency, neighbours) falls on all of them
+alike.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from penjing.evaluation.intervals import Interval
 class Metric:
     """A task's metric over ``n`` samples.
 
-    ``unit`` is ``"%"`` for a fraction that is shown as a percentage. ``ci95`` is the 95 % interval, ``method`` how it was made.
+    ``unit`` is ``"%"`` for a fraction that is shown as a percentage. ``ci95`` is the 95 % interval, ``method`` how it
+    was made.
     """
 
     name: str
@@ -54,7 +55,8 @@ class Metric:
 class Measurement:
     """Everything measured of one network on one target; None stands for what was not measured.
 
-    Latency is in milliseconds for ``latency_batch`` samples at a time, throughput in samples a second at ``throughput_batch``.
+    Latency is in milliseconds for ``latency_batch`` samples at a time, throughput in samples a second at
+    ``throughput_batch``.
     """
 
     runtime: str

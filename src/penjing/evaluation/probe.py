@@ -1,10 +1,11 @@
 """Run as a script in a fresh process: open one artefact, run it, print the process's peak resident memory as JSON.
 
-It is started by path (not by ``-m``) on purpose: importing the package would load PyTorch, which no device that serves an
+It is started by path (not by ``-m``) on purpose: importing the package would load PyTorch, which no device that
+serves an
 ``.onnx`` file has. So this file imports numpy and the runtime and nothing of penjing; runtimes it does not know by
 itself are opened through penjing, and then ``counted`` says so.
 
-Standard input: ``{"path", "runtime", "threads", "precision", "inputs": path of an .npz, "runs", "package": path or null}``.
+Standard input: ``{"path", "runtime", "threads", "precision", "inputs": path of an .npz, "runs", "package": path}``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _openvino(order: dict[str, Any]) -> Callable[[], Callable[[dict[str, Any]], 
     openvino: Any = importlib.import_module("openvino")
 
     def open_artefact() -> Callable[[dict[str, Any]], object]:
-        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         if order["threads"]:
             config["INFERENCE_NUM_THREADS"] = order["threads"]
         if order["precision"]:
@@ -71,7 +72,7 @@ def _through_penjing(order: dict[str, Any]) -> Callable[[], Callable[[dict[str, 
     runtimes: Any = importlib.import_module("penjing.runtimes")
 
     def open_artefact() -> Callable[[dict[str, Any]], object]:
-        target = runtimes.Target(order["runtime"], threads=order["threads"], precision=order["precision"])
+        target = runtimes.Target(runtime=order["runtime"], threads=order["threads"], precision=order["precision"])
         session = runtimes.RUNTIMES.get(order["runtime"]).load(order["path"], target)
         return lambda inputs: session.run(inputs)
 

@@ -1,0 +1,33 @@
+"""Measurements of networks on the runtimes that will run them, and the Report of an evaluation."""
+
+from penjing.evaluation.assemble import evaluate
+from penjing.evaluation.constraints import Constraint, parse_constraints, verdict
+from penjing.evaluation.describe import describe, digest, wire_bytes
+from penjing.evaluation.environment import environment
+from penjing.evaluation.intervals import mean_interval, paired_difference
+from penjing.evaluation.latency import LatencySettings, compare, interleave
+from penjing.evaluation.measurement import Measurement, Metric
+from penjing.evaluation.memory import Memory, peak_memory
+from penjing.evaluation.result import Report, TargetResult
+
+__all__ = [
+    "Constraint",
+    "LatencySettings",
+    "Measurement",
+    "Memory",
+    "Metric",
+    "Report",
+    "TargetResult",
+    "compare",
+    "describe",
+    "digest",
+    "environment",
+    "evaluate",
+    "interleave",
+    "mean_interval",
+    "paired_difference",
+    "parse_constraints",
+    "peak_memory",
+    "verdict",
+    "wire_bytes",
+]
