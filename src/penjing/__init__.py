@@ -1,0 +1,73 @@
+"""penjing: neural-network compression, proven by measurement on the runtime that will run it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from penjing._version import __version__
+
+if TYPE_CHECKING:
+    from penjing.compression import Result, compress
+    from penjing.deployment import Bundle, deploy, pack, unpack
+    from penjing.errors import PenjingError
+    from penjing.evaluation import Report, evaluate
+    from penjing.methods import Finetune, PruneChannels, Quantize
+    from penjing.network import Network, capture
+    from penjing.recipe import Plan, Recipe, Step
+    from penjing.runtimes import Target
+    from penjing.task import Task
+
+_HOMES = {
+    "Bundle": "penjing.deployment",
+    "Finetune": "penjing.methods",
+    "Network": "penjing.network",
+    "PenjingError": "penjing.errors",
+    "Plan": "penjing.recipe",
+    "PruneChannels": "penjing.methods",
+    "Quantize": "penjing.methods",
+    "Recipe": "penjing.recipe",
+    "Report": "penjing.evaluation",
+    "Result": "penjing.compression",
+    "Step": "penjing.recipe",
+    "Target": "penjing.runtimes",
+    "Task": "penjing.task",
+    "capture": "penjing.network",
+    "compress": "penjing.compression",
+    "deploy": "penjing.deployment",
+    "evaluate": "penjing.evaluation",
+    "pack": "penjing.deployment",
+    "unpack": "penjing.deployment",
+}
+
+__all__ = [
+    "Bundle",
+    "Finetune",
+    "Network",
+    "PenjingError",
+    "Plan",
+    "PruneChannels",
+    "Quantize",
+    "Recipe",
+    "Report",
+    "Result",
+    "Step",
+    "Target",
+    "Task",
+    "__version__",
+    "capture",
+    "compress",
+    "deploy",
+    "evaluate",
+    "pack",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first used, so that reading a package needs no torch and `--help` is quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'penjing' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

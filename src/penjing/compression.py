@@ -1,0 +1,110 @@
+"""compress: recipe + network → smaller network, with what every step did. The only orchestrator."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from penjing.data import Data
+from penjing.errors import DataError, InputError, PenjingError
+from penjing.network import Network
+from penjing.network.footprint import footprint
+from penjing.progress import SILENT, Progress
+from penjing.recipe import Context, Plan, Recipe
+from penjing.task import Task, get_task
+
+#: Samples that the metric before and after each step is taken on; the final figures of a report come from all of them.
+STEP_SAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """What `compress` gives: the smaller network, the recipe, a Plan and a row of before and after for every step."""
+
+    network: Network
+    original: Network
+    recipe: Recipe
+    plans: tuple[Plan, ...]
+    steps: tuple[dict[str, Any], ...]
+    seed: int = 0
+
+
+def compress(
+    network: Network,
+    recipe: Recipe,
+    *,
+    data: Any = None,
+    task: str | Task | None = None,
+    test: Any = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Result:
+    """Applies the Steps of `recipe` in order.
+
+    `data`: samples to calibrate, reconstruct and train with (labels are looked at only if `task` is given). `test`: samples to take the
+    metric before and after each step with; without them nothing is measured in between. Neither `network` nor any
+    object of the caller's is changed. The same seed gives the same result on the same machine.
+
+    Raises RecipeError or DataError before any work is done where a Step lacks what it needs, naming the step's number.
+    """
+    if not isinstance(network, Network):
+        raise InputError(f"compress takes a Network, got {type(network).__name__}", hint="network = pj.capture(model, inputs=(x,))")
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"compress takes a Recipe, got {type(recipe).__name__}", hint="pj.Recipe(pj.PruneChannels(ratio=0.5))")
+    known = get_task(task)
+    samples = None if data is None else Data(data)
+    held_out = None if test is None else Data(test)
+    for number, step in enumerate(recipe, 1):
+        if step.needs_data and samples is None:
+            raise DataError(f"step {number}: {step.name} needs samples and no data was given")
+    if samples is not None:
+        network.bind(samples.first(1))
+    context = Context(original=network, data=samples, task=known, seed=seed, progress=progress)
+    current = network.replace(task=known.name) if known else network
+    plans: list[Plan] = []
+    rows: list[dict[str, Any]] = []
+    before = _look(current, held_out, known, progress)
+    for number, step in enumerate(recipe, 1):
+        torch.manual_seed(seed)
+        started = time.perf_counter()
+        try:
+            plan = step.plan(current, context)
+            current = current.apply(plan.edits)
+        except PenjingError as error:
+            raise type(error)(f"step {number} ({step.name}): {error.message}", hint=error.hint) from error
+        seconds = time.perf_counter() - started
+        current = current.record({"event": "step", "name": step.name, "settings": step.settings(), "seed": seed})
+        after = _look(current, held_out, known, progress)
+        plans.append(plan)
+        rows.append(
+            {"name": step.name, "settings": step.settings(), "seconds": seconds, "before": before, "after": after}
+        )
+        before = after
+    return Result(network=current, original=network, recipe=recipe, plans=tuple(plans), steps=tuple(rows), seed=seed)
+
+
+def _look(network: Network, test: Data | None, task: Task | None, progress: Progress) -> dict[str, Any]:
+    """Parameters, MACs and, with held-out samples, the metric in torch: the small measurement between steps."""
+    size = footprint(network)
+    row: dict[str, Any] = {"parameters": size.parameters, "macs": size.macs}
+    if test is None or task is None:
+        return row
+    module = network.module()
+    scores: list[torch.Tensor] = []
+    with torch.no_grad(), progress.task(f"{task.metric} of {network.name}", None) as advance:
+        for inputs, labels in test.batches(100, limit=STEP_SAMPLES):
+            outputs = _call(module, inputs)
+            scores.append(task.scores(outputs, labels).flatten())
+            advance(len(scores[-1]))
+    every = torch.cat(scores)
+    row["metric"] = {"name": task.metric, "value": every.mean().item(), "n": len(every), "runtime": "torch"}
+    return row
+
+
+def _call(module: torch.nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)

@@ -1,0 +1,278 @@
+"""Samples: from a Dataset, a DataLoader, an iterable of batches, arrays, or what a command line names."""
+
+from __future__ import annotations
+
+import itertools
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from penjing.errors import DataError, InputError, MissingExtraError
+from penjing.network.source import load_callable
+
+try:
+    from PIL import Image
+except ImportError:  # the extra `images`
+    Image = None  # type: ignore[assignment]
+
+_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+
+
+class Data:
+    """Samples as batches `(inputs, labels)`.
+
+    `source` is a Dataset, a DataLoader, an iterable of batches (or of Data's kind itself), or a tuple of arrays (x, y). Inputs
+    are a tensor, a tuple or a dictionary of tensors; labels may be missing (None). uint8 becomes float32 in 0..1. Iterables that
+    can be walked only once are refused when they are walked again.
+    """
+
+    def __init__(self, source: Any) -> None:
+        if isinstance(source, Data):
+            source = source._source
+        if isinstance(source, tuple) and source and all(isinstance(s, Tensor | np.ndarray) for s in source):
+            source = TensorDataset(*(torch.as_tensor(s) for s in source))
+        elif isinstance(source, Tensor | np.ndarray):
+            source = TensorDataset(torch.as_tensor(source))
+        if not isinstance(source, Dataset | DataLoader | Iterable) or isinstance(source, str | bytes | Mapping):
+            raise DataError(
+                f"data must be a Dataset, a DataLoader or an iterable of batches, got {type(source).__name__}",
+                hint="batches look like (inputs, labels)",
+            )
+        if isinstance(source, Sequence | Dataset | DataLoader) and _length(source) == 0:
+            raise DataError("the data is empty")
+        self._source = source
+        self._spent = False
+
+    def __len__(self) -> int:
+        """Number of samples; TypeError if it is not known."""
+        source = self._source
+        if isinstance(source, DataLoader):
+            source = source.dataset
+        if isinstance(source, Dataset) and _length(source) is not None:
+            return int(_length(source) or 0)
+        if isinstance(source, Sequence):
+            return sum(_batch_size(_split(b)[0]) for b in source)
+        raise TypeError("the number of samples is not known")
+
+    def batches(
+        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, limit: int | None = None
+    ) -> Iterator[tuple[Any, Any]]:
+        """Batches of `batch_size` samples (inputs, labels); a DataLoader's or an iterable's own batches keep their size.
+
+        `shuffle` draws a new order by `seed` (of datasets only). `limit` ends after so many samples. Raises DataError when there are
+        none, when a floating-point input is NaN, or when a one-time iterable is walked a second time.
+        """
+        seen = 0
+        for batch in self._raw(batch_size, shuffle, seed):
+            inputs, labels = _split(batch)
+            size = _batch_size(inputs)
+            if limit is not None and seen + size > limit:
+                keep = limit - seen
+                inputs, labels = _take(inputs, keep), _take(labels, keep)
+                size = keep
+            _check(inputs, seen)
+            if size:
+                yield inputs, labels
+            seen += size
+            if limit is not None and seen >= limit:
+                return
+        if seen == 0:
+            raise DataError("the data is empty")
+
+    def first(self, samples: int = 2) -> Any:
+        """The inputs of the first samples, as example inputs for `capture`."""
+        inputs, _ = next(self.batches(samples, limit=samples))
+        return inputs if isinstance(inputs, tuple | dict) else (inputs,)
+
+    def _raw(self, batch_size: int, shuffle: bool, seed: int) -> Iterator[Any]:
+        source = self._source
+        if isinstance(source, TensorDataset):
+            yield from _slices(source.tensors, batch_size, shuffle, seed)
+        elif isinstance(source, Dataset):
+            generator = torch.Generator().manual_seed(seed)
+            stream = isinstance(source, IterableDataset)
+            yield from DataLoader(
+                source, batch_size, shuffle=shuffle and not stream, generator=generator, collate_fn=_collate
+            )
+        elif isinstance(source, DataLoader | Sequence):
+            yield from source
+        else:
+            if self._spent:
+                raise DataError("the data can be walked only once, and is needed again", hint="give a list of batches or a Dataset")
+            self._spent = iter(source) is source
+            yield from source
+
+
+def _slices(tensors: Sequence[Tensor], batch_size: int, shuffle: bool, seed: int) -> Iterator[tuple[Tensor, ...]]:
+    count = len(tensors[0])
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)) if shuffle else None
+    for start in range(0, count, batch_size):
+        chosen = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
+        yield tuple(t[chosen] for t in tensors)
+
+
+def _collate(samples: list[Any]) -> Any:
+    try:
+        return default_collate(samples)
+    except (TypeError, RuntimeError, ValueError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"the samples of the dataset cannot be put together into a batch: {line}",
+            hint="every sample must have the same shape; give a DataLoader with its own collate_fn otherwise",
+        ) from error
+
+
+def _split(batch: Any) -> tuple[Any, Any]:
+    """(inputs, labels) of a batch; a batch without labels has None."""
+    if isinstance(batch, Mapping):
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "label")}
+        return _to_tensors(inputs), _to_tensors(batch.get("labels", batch.get("label")))
+    if isinstance(batch, tuple | list):
+        if len(batch) == 1:
+            return _to_tensors(batch[0]), None
+        if len(batch) == 2:
+            return _to_tensors(batch[0]), _to_tensors(batch[1])
+        raise DataError(
+            f"a batch must be (inputs, labels), got {len(batch)} parts", hint="several inputs go in a tuple: ((a, b), labels)"
+        )
+    return _to_tensors(batch), None
+
+
+def _to_tensors(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _to_tensors(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_to_tensors(v) for v in value)
+    if isinstance(value, np.ndarray | np.generic):
+        value = torch.as_tensor(value)
+    if isinstance(value, Tensor) and value.dtype == torch.uint8:
+        return value.float() / 255
+    if value is None or isinstance(value, Tensor):
+        return value
+    raise DataError(f"a batch must hold tensors or arrays, got {type(value).__name__}")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in _tensors(v)]
+    if isinstance(value, tuple):
+        return [t for v in value for t in _tensors(v)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _batch_size(inputs: Any) -> int:
+    found = _tensors(inputs)
+    if not found or found[0].ndim == 0:
+        raise DataError("a batch must hold at least one tensor with the samples along its first dimension")
+    return len(found[0])
+
+
+def _take(value: Any, count: int) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _take(v, count) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_take(v, count) for v in value)
+    return value[:count] if isinstance(value, Tensor) else value
+
+
+def _check(inputs: Any, seen: int) -> None:
+    for tensor in _tensors(inputs):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DataError(f"the samples from number {seen} on hold NaN or infinite numbers")
+
+
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------- from a command line
+def load_data(text: str, *, split: str | None = None) -> Data:
+    """`file.py:callable` or `module:callable` (a Dataset or DataLoader), `samples.npz` (arrays x and y), a folder of class folders
+    of images, or `digits` (scikit-learn's 1797 handwritten digits, 1×8×8; `split` "train" or "test" takes 4/5 or 1/5 of it).
+    """
+    if text == "digits":
+        return Data(digits(split))
+    path = Path(text)
+    if path.suffix == ".npz":
+        return Data(_npz(path))
+    if path.is_dir():
+        return Data(_ImageFolder(path))
+    if ":" in text:
+        return Data(load_callable(text)())
+    if path.exists():
+        raise InputError(f"{text} is not data that penjing can read", hint="file.py:callable, samples.npz, a folder of class folders of images, or digits")
+    raise InputError(f"there is no data at {text}", hint="file.py:callable, samples.npz, a folder of class folders of images, or digits")
+
+
+def digits(split: str | None = None) -> TensorDataset:
+    """scikit-learn's handwritten digits as float32 1×8×8 in 0..1, in a fixed shuffled order."""
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    if split is not None:
+        edge = len(order) * 4 // 5
+        order = order[:edge] if split == "train" else order[edge:]
+    images = torch.from_numpy(found.images[order].astype(np.float32) / 16)[:, None]
+    return TensorDataset(images, torch.from_numpy(found.target[order].astype(np.int64)))
+
+
+def _npz(path: Path) -> TensorDataset:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not a readable .npz file: {error}") from error
+    if "x" not in arrays:
+        raise DataError(f"{path} has no array 'x'", hint=f"it holds: {', '.join(sorted(arrays)) or 'nothing'}")
+    found = [arrays[n] for n in ("x", "y") if n in arrays]
+    if len(found) == 2 and (found[1].ndim == 0 or len(found[0]) != len(found[1])):
+        raise DataError(f"{path} has {len(found[0])} samples in 'x' but {found[1].shape} in 'y'")
+    if len(found[0]) == 0:
+        raise DataError(f"{path} holds no samples")
+    return TensorDataset(*(torch.from_numpy(a) for a in found))
+
+
+class _ImageFolder(Dataset[tuple[Tensor, int]]):
+    """Folders of images, one a class, classes in sorted order; RGB, 3×H×W in 0..1."""
+
+    def __init__(self, root: Path) -> None:
+        classes = sorted(p for p in root.iterdir() if p.is_dir())
+        self._files = [(f, i) for i, c in enumerate(classes) for f in sorted(c.iterdir()) if f.suffix.lower() in _IMAGES]
+        if not self._files:
+            raise DataError(f"{root} holds no class folders with images", hint="expected root/class_name/image.png")
+        if Image is None:
+            raise MissingExtraError("reading images needs Pillow", hint="pip install 'penjing[images]'")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        file, label = self._files[index]
+        try:
+            with Image.open(file) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise DataError(f"cannot read the image {file}: {error}") from error
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255, label
+
+
+def concatenate(parts: Iterable[Any]) -> Any:
+    """Batches of inputs (or labels) of one structure as one batch."""
+    gathered = list(parts)
+    first = gathered[0]
+    if isinstance(first, Mapping):
+        return {k: concatenate([p[k] for p in gathered]) for k in first}
+    if isinstance(first, tuple):
+        return tuple(concatenate(list(p)) for p in zip(*gathered, strict=True))
+    return torch.cat(gathered) if isinstance(first, Tensor) else list(itertools.chain(*gathered))

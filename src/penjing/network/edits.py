@@ -1,0 +1,311 @@
+"""The five Edits: all that ever changes a graph.
+
+`RemoveChannels` and what hangs on it, `MaskWeights`, `SetWeights`, `QuantizeTensor`, `ReplaceLayer`. Planners in
+`penjing.methods` decide which; correctness lives here and in `remove.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from penjing.errors import EditError
+from penjing.network import graph as flat
+from penjing.network.groups import analyse
+from penjing.network.remove import remove
+
+decomposed = torch.ops.quantized_decomposed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveChannels:
+    """Removes `indices` along `dim` of a parameter, and everything that is coupled with them through the channel groups."""
+
+    parameter: str
+    dim: int
+    indices: tuple[int, ...]
+    heads: str = "heads"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskWeights:
+    """Keeps the weights where `mask` (bool, the parameter's shape) is true and pins the others to zero from now on."""
+
+    parameter: str
+    mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SetWeights:
+    """Gives a parameter or buffer new values of the same shape."""
+
+    parameter: str
+    value: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizeTensor:
+    """Puts a tensor on an integer grid: real = (integer - zero_point) · scale.
+
+    `tensor` is a parameter, which is stored as integers afterwards (its scale as `<name>_scale`, its zero point as
+    `<name>_zero_point`), or the name of a graph node or input, behind which a quantize and a dequantize node are put, for all of
+    its users or for those named in `users` only. `axis` is the dimension with a scale of its own each (None: one scale).
+    """
+
+    tensor: str
+    scale: Tensor | float
+    zero_point: Tensor | int
+    dtype: str = "int8"
+    axis: int | None = None
+    quant_min: int = -128
+    quant_max: int = 127
+    users: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One operator of a replacement: `arguments` are JSON as in `graph.encode`; "%" is what the call before gives (for the first:
+    the replaced layer's own input), "%name" a node of the graph, "@name" a tensor."""
+
+    operator: str
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReplaceLayer:
+    """Replaces the graph node `node` by a chain of calls (none: by its first input). `tensors` are new parameters or buffers."""
+
+    node: str
+    calls: tuple[Call, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Edit = RemoveChannels | MaskWeights | SetWeights | QuantizeTensor | ReplaceLayer
+EDITS: dict[str, type[Edit]] = {
+    c.__name__: c for c in (RemoveChannels, MaskWeights, SetWeights, QuantizeTensor, ReplaceLayer)
+}
+
+
+@dataclass(kw_only=True)
+class Draft:
+    """A network while it is being edited: its own copy of the graph, tensors shared until they change."""
+
+    graph_module: fx.GraphModule
+    masks: dict[str, Tensor]
+    example: dict[str, Tensor]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def node(self, name: str) -> fx.Node:
+        """The node called `name`."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise EditError(f"the graph has no node called '{name}'")
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`."""
+        try:
+            return flat.get_tensor(self.graph_module, name)
+        except AttributeError:
+            raise EditError(f"the network has no tensor called '{name}'") from None
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Sets or adds a tensor without touching the one that was there."""
+        held = flat.tensors_of(self.graph_module)
+        held[name] = value
+        self.graph_module = _rebuild(self.graph_module.graph, held)
+
+
+def _rebuild(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    return fx.GraphModule(dict(tensors), graph)
+
+
+def apply(draft: Draft, edits: Iterable[Edit]) -> None:
+    """Makes `edits` on `draft` in order. Consecutive removals are made together; the graph is checked at the end."""
+    for kind, run in itertools.groupby(edits, key=type):
+        several: Sequence[Any] = list(run)
+        _APPLY[kind](draft, several)
+    graph = draft.graph
+    graph.eliminate_dead_code()
+    graph.lint()
+    draft.graph_module = flat.copy(draft.graph_module)
+
+
+def _remove_channels(draft: Draft, edits: Sequence[RemoveChannels]) -> None:
+    for heads, run in itertools.groupby(edits, key=lambda e: e.heads):
+        groups = analyse(draft.graph_module, draft.example, heads=heads)
+        removed = remove(draft.graph_module, groups, [(e.parameter, e.dim, e.indices) for e in run])
+        draft.graph_module = removed.graph_module
+        for name, mask in draft.masks.items():
+            for dim, kept in removed.kept.get(name, {}).items():
+                mask = mask.index_select(dim, torch.as_tensor(kept))
+            draft.masks[name] = mask
+
+
+def _with_data(old: Tensor, new: Tensor) -> Tensor:
+    new = new.detach().to(old.dtype)
+    return torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+
+
+def _set_weights(draft: Draft, edits: Sequence[SetWeights | MaskWeights]) -> None:
+    held = flat.tensors_of(draft.graph_module)
+    for edit in edits:
+        if edit.parameter not in held:
+            raise EditError(f"the network has no tensor called '{edit.parameter}'")
+        old = held[edit.parameter]
+        given = edit.mask if isinstance(edit, MaskWeights) else edit.value
+        if given.shape != old.shape:
+            raise EditError(
+                f"{edit.parameter} has the shape {tuple(old.shape)}; the {type(edit).__name__} edit brings {tuple(given.shape)}"
+            )
+        if isinstance(edit, MaskWeights):
+            mask = given.bool() & draft.masks.get(edit.parameter, torch.ones_like(given, dtype=torch.bool))
+            draft.masks[edit.parameter] = mask
+            held[edit.parameter] = _with_data(old, old.detach() * mask)
+        else:
+            if given.is_floating_point() and not torch.isfinite(given).all() and torch.isfinite(old).all():
+                raise EditError(f"the new values of {edit.parameter} hold NaN or infinite numbers")
+            mask_or_none = draft.masks.get(edit.parameter)
+            held[edit.parameter] = _with_data(old, given if mask_or_none is None else given * mask_or_none)
+    draft.graph_module = _rebuild(draft.graph, held)
+
+
+def _quantize_tensors(draft: Draft, edits: Sequence[QuantizeTensor]) -> None:
+    held = flat.tensors_of(draft.graph_module)
+    nodes = {n.name: n for n in draft.graph.nodes}
+    reads: dict[str, list[fx.Node]] = {}
+    for node in draft.graph.nodes:
+        if node.op == "get_attr":
+            reads.setdefault(str(node.target), []).append(node)
+    for edit in edits:
+        dtype = getattr(torch, edit.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise EditError(f"there is no integer type called {edit.dtype!r}")
+        if edit.tensor in held and edit.tensor in reads:
+            _quantize_parameter(draft.graph, held, reads[edit.tensor], edit, dtype)
+        elif edit.tensor in nodes:
+            _quantize_activation(draft.graph, nodes[edit.tensor], edit, dtype)
+        else:
+            raise EditError(f"the network has neither a parameter nor a node called '{edit.tensor}'")
+    draft.graph_module = _rebuild(draft.graph, held)
+
+
+def _quantize_parameter(
+    graph: fx.Graph, held: dict[str, Tensor], reads: list[fx.Node], edit: QuantizeTensor, dtype: torch.dtype
+) -> None:
+    old = held[edit.tensor]
+    if not old.is_floating_point():
+        raise EditError(f"{edit.tensor} is stored as integers already")
+    scale = torch.as_tensor(edit.scale, dtype=torch.float32)
+    zero = torch.as_tensor(edit.zero_point, dtype=torch.int64)
+    limits = (edit.quant_min, edit.quant_max)
+    name_scale, name_zero = f"{edit.tensor}_scale", f"{edit.tensor}_zero_point"
+    value = old.detach().float()
+    if edit.axis is None:
+        scale, zero = scale.reshape(()), zero.reshape(())
+        integers = decomposed.quantize_per_tensor.default(value, float(scale), int(zero), *limits, dtype)
+        call, extra = decomposed.dequantize_per_tensor.tensor, ()
+    else:
+        zero = zero.expand(scale.shape).contiguous()
+        integers = decomposed.quantize_per_channel.default(value, scale, zero, edit.axis, *limits, dtype)
+        call, extra = decomposed.dequantize_per_channel.default, (edit.axis,)
+    held |= {edit.tensor: integers, name_scale: scale, name_zero: zero}
+    first = reads[0]
+    with graph.inserting_after(first):
+        scale_node = graph.get_attr(name_scale)
+    with graph.inserting_after(scale_node):
+        zero_node = graph.get_attr(name_zero)
+    with graph.inserting_after(zero_node):
+        real = graph.call_function(call, (first, scale_node, zero_node, *extra, *limits, dtype))
+    for read in reads:
+        read.replace_all_uses_with(real, delete_user_cb=lambda user: user is not real)
+
+
+def _quantize_activation(graph: fx.Graph, node: fx.Node, edit: QuantizeTensor, dtype: torch.dtype) -> None:
+    grid = (float(edit.scale), int(edit.zero_point), edit.quant_min, edit.quant_max, dtype)
+    chosen = [u for u in node.users if edit.users is None or u.name in edit.users]
+    if not chosen:
+        raise EditError(f"nothing uses '{edit.tensor}' as the edit wants: {', '.join(edit.users or ()) or 'no users at all'}")
+    last_input = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")][-1] if node.op == "placeholder" else node
+    with graph.inserting_after(last_input):
+        integers = graph.call_function(decomposed.quantize_per_tensor.default, (node, *grid))
+    with graph.inserting_after(integers):
+        real = graph.call_function(decomposed.dequantize_per_tensor.default, (integers, *grid))
+    for user in chosen:
+        user.replace_input_with(node, real)
+
+
+def _replace_layers(draft: Draft, edits: Sequence[ReplaceLayer]) -> None:
+    held = flat.tensors_of(draft.graph_module)
+    graph = draft.graph
+    nodes = {n.name: n for n in graph.nodes}
+    for edit in edits:
+        if edit.node not in nodes:
+            raise EditError(f"the graph has no node called '{edit.node}'")
+        old = nodes[edit.node]
+        if old.op != "call_function" or not old.all_input_nodes:
+            raise EditError(f"'{edit.node}' is not a layer that can be replaced")
+        clash = [n for n, t in edit.tensors.items() if n in held and held[n].shape != t.shape and _readers(graph, n, old)]
+        if clash:
+            raise EditError(f"'{clash[0]}' is used by other layers than '{edit.node}' and cannot change its shape")
+        held.update(edit.tensors)
+        current = old.all_input_nodes[0]
+        with graph.inserting_before(old):
+            for call in edit.calls:
+                current = _insert_call(graph, call, current, nodes, held)
+        current.meta.setdefault("penjing", {}).update(old.meta.get("penjing", {}))
+        if edit.calls:
+            nodes[current.name] = current
+        old.replace_all_uses_with(current, delete_user_cb=lambda user, new=current: user is not new)
+        graph.erase_node(old)
+        del nodes[edit.node]
+    draft.graph_module = _rebuild(graph, held)
+
+
+def _readers(graph: fx.Graph, name: str, besides: fx.Node) -> bool:
+    return any(u is not besides for n in graph.nodes if n.op == "get_attr" and n.target == name for u in n.users)
+
+
+def _insert_call(
+    graph: fx.Graph, call: Call, current: fx.Node, nodes: Mapping[str, fx.Node], held: Mapping[str, Tensor]
+) -> fx.Node:
+    read: dict[str, fx.Node] = {}
+
+    def find(name: str) -> fx.Node:
+        if name == "":
+            return current
+        if name.startswith("@"):
+            return read[name[1:]]
+        if name in nodes:
+            return nodes[name]
+        raise EditError(f"a replacement uses '{name}', which the graph does not have")
+
+    wanted = [str(a)[1:] for a in (*call.arguments, *call.keywords.values()) if isinstance(a, str) and a.startswith("@")]
+    for name in wanted:
+        if name not in held:
+            raise EditError(f"a replacement uses the tensor '{name}', which the network does not have")
+        read[name] = graph.get_attr(name)
+
+    def plain(value: Any) -> Any:
+        return flat.decode("%" + value if isinstance(value, str) and value.startswith("@") else value, find)
+
+    arguments = tuple(plain(a) for a in call.arguments)
+    return graph.call_function(flat.find_target(call.operator), arguments, {k: plain(v) for k, v in call.keywords.items()})
+
+
+_APPLY: dict[type[Any], Any] = {
+    RemoveChannels: _remove_channels,
+    MaskWeights: _set_weights,
+    SetWeights: _set_weights,
+    QuantizeTensor: _quantize_tensors,
+    ReplaceLayer: _replace_layers,
+}
