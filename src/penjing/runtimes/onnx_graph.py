@@ -1,0 +1,139 @@
+"""Network → ONNX model (onnx_ir), common to every runtime that reads ONNX; and looking into ONNX files.
+
+The exporter of torch does the translation. The passes of `onnx_passes` then bring it into the form that runtimes fuse;
+what differs between runtimes (types of grids) is chosen by a Dialect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from penjing.errors import ExportError, InputError
+from penjing.runtimes import onnx_passes
+from penjing.runtimes.onnx_passes import Dialect
+from penjing.runtimes.trace import program, quiet
+
+if TYPE_CHECKING:
+    from penjing.network import Network
+
+#: 21 is the first with 4-bit types and blocked DequantizeLinear; both runtimes read it.
+OPSET = 21
+_LIMIT = 2**31 - 2**20  # bytes of one protobuf message
+
+
+def translate(network: Network, *, optimize: bool = False) -> torch.onnx.ONNXProgram:
+    """The network as torch's exporter writes it. Raises ExportError naming the operator that has no translation."""
+    traced = program(network)
+    try:
+        with quiet():
+            made = torch.onnx.export(
+                traced,
+                dynamo=True,
+                verbose=False,
+                optimize=optimize,
+                opset_version=OPSET,
+                input_names=[i.name for i in network.inputs],
+                output_names=list(network.output_names),
+            )
+    except Exception as error:  # the exporter raises many kinds
+        raise ExportError(
+            f"{network.name} cannot be written as ONNX: {_reason(error)}",
+            hint="the runtime 'torch' runs every captured network",
+        ) from error
+    if made is None:
+        raise ExportError(f"{network.name} cannot be written as ONNX: torch's exporter gave nothing back")
+    return made
+
+
+def write(network: Network, path: Path, dialect: Dialect) -> None:
+    """Writes the network as one .onnx file in a runtime's dialect."""
+    import onnx_ir as ir
+
+    model = translate(network, optimize=True).model
+    onnx_passes.run(model, dialect)
+    _name_dimensions(model, network)
+    if sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None) > _LIMIT:
+        raise ExportError(
+            f"{network.name} is larger than the 2 GB that one .onnx file can hold",
+            hint="quantize its weights first, or export it for the runtime 'torch'",
+        )
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def read(path: Path) -> Any:
+    """An onnx.ModelProto; raises InputError for a file that is not one."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except (DecodeError, ValueError) as error:
+        raise InputError(
+            f"{path.name!r} is not an ONNX file", hint="the file is damaged or not one of its kind"
+        ) from error
+    if not model.graph.node and not model.graph.output:
+        raise InputError(f"{path.name!r} is not an ONNX file: it holds no graph", hint="the file is damaged")
+    return model
+
+
+def with_inner_outputs(path: Path, names: Iterable[str]) -> tuple[bytes, list[str]]:
+    """The model with those of the named values that it has as further outputs, and their names.
+
+    Between integer layers only what leaves a grid (DequantizeLinear) is taken: looking at what lies inside a fused
+    layer would keep the runtime from fusing it, and the fault would not show.
+    """
+    import onnx
+
+    model = read(path)
+    graph = model.graph
+    makers = {o: node for node in graph.node for o in node.output}
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    there = {o.name for o in graph.output}
+    found = []
+    for name in names:
+        maker = makers.get(name)
+        if maker is None or name in there:
+            continue
+        rounded = any(u.op_type == "QuantizeLinear" for u in users.get(name, []))
+        eaten = maker.op_type not in ("DequantizeLinear", "QuantizeLinear") and rounded
+        inside = any(u.op_type in ("Relu", "Clip", "Add") for u in users.get(name, [])) and any(
+            (m := makers.get(i)) is not None and m.op_type == "DequantizeLinear" for i in maker.input
+        )
+        if eaten or inside or maker.op_type == "QuantizeLinear":
+            continue
+        graph.output.append(onnx.ValueInfoProto(name=name))
+        found.append(name)
+    return model.SerializeToString(), found
+
+
+def _name_dimensions(model: Any, network: Network) -> None:
+    """Gives free dimensions the network's names for them, in inputs and outputs alike."""
+    import onnx_ir as ir
+
+    named: dict[str, str] = {}
+    for value, spec in zip(model.graph.inputs, network.inputs, strict=True):
+        for dimension, name in spec.dynamic.items():
+            now = value.shape[dimension]
+            if isinstance(now, ir.SymbolicDim) and now.value is not None:
+                named.setdefault(now.value, name)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is None:
+            continue
+        for dimension, now in enumerate(value.shape):
+            if isinstance(now, ir.SymbolicDim):
+                value.shape[dimension] = ir.SymbolicDim(named.get(now.value, None) if now.value else None)
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    for line in str(cause).splitlines():
+        if line.strip():
+            return line.strip()[:300]
+    return type(cause).__name__

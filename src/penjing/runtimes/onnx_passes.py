@@ -1,0 +1,311 @@
+"""Passes over an exported ONNX model (onnx_ir): nothing here changes what is computed, only how it is written.
+
+A Dialect says which integer types a runtime wants its grids in. Moving a grid from int8 to uint8 adds 128 to its codes and
+to its zero point: the numbers that the codes stand for stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+_PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """The types that a runtime computes fastest in and that are right on every CPU.
+
+    `unsigned_activations`: int8 grids of activations become uint8.
+    `unsigned_weights(codes, axis, depthwise) -> bool`: whether these int8 weights become uint8 (zero point 128).
+    """
+
+    unsigned_activations: bool
+    unsigned_weights: Callable[[Array, int | None, bool], bool]
+
+
+def run(model: Any, dialect: Dialect) -> None:
+    """All passes, in place."""
+    graph = model.graph
+    _forget_origins(model)
+    _transpose_integers(graph)
+    _fold_pads(graph)
+    if dialect.unsigned_activations:
+        _activations_to_unsigned(graph)
+    _weights(graph, dialect)
+    _sweep(model)
+
+
+def may_saturate(codes: Array, axis: int | None) -> bool:
+    """Whether two products of uint8 activations with these int8 weights can overflow 16 bits when added.
+
+    x86 before VNNI adds neighbouring products in int16 (vpmaddubsw): 255·(a+b) must stay within ±32767. Which weights are
+    neighbours is the kernel's business, so the two largest of one sign in each output channel are looked at.
+    """
+    rows = np.moveaxis(codes, axis, 0).reshape(codes.shape[axis], -1) if axis is not None else codes.reshape(1, -1)
+    if rows.shape[1] < 2:
+        return False
+    rows = rows.astype(np.int16)
+    high = np.partition(rows, rows.shape[1] - 2, axis=1)[:, -2:].clip(min=0).sum(axis=1)
+    low = np.partition(rows, 1, axis=1)[:, :2].clip(max=0).sum(axis=1)
+    return bool((high > 128).any() or (low < -128).any())
+
+
+# ------------------------------------------------------------------------------------------------------------- plumbing
+def _constant(value: Any) -> Array | None:
+    """A value's number if it is a constant of the graph."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return np.asarray(value.const_value.numpy())
+    node = value.producer()
+    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
+        return np.asarray(node.attributes["value"].value.numpy())
+    return None
+
+
+def _keep(graph: Any, name: str, array: Array) -> Any:
+    """A new initializer; an equal one of that name is used again."""
+    import onnx_ir as ir
+
+    unique, count = name, 0
+    while unique in graph.initializers:
+        held = graph.initializers[unique]
+        if held.const_value is not None:
+            same = held.const_value.numpy()
+            if same.dtype == array.dtype and same.shape == array.shape and np.array_equal(same, array):
+                return held
+        count += 1
+        unique = f"{name}_{count}"
+    tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
+    value = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _replace_all(old: Any, new: Any) -> None:
+    for user, index in list(old.uses()):
+        user.replace_input_with(index, new)
+
+
+def _is_output(graph: Any, value: Any) -> bool:
+    return any(value is o for o in graph.outputs)
+
+
+def _attribute(node: Any, name: str, default: Any) -> Any:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.value
+
+
+def _set_axis(node: Any, axis: int) -> None:
+    import onnx_ir as ir
+
+    node.attributes["axis"] = ir.AttrInt64("axis", axis)
+
+
+def _sole_user(graph: Any, value: Any) -> Any | None:
+    uses = list(value.uses())
+    return uses[0][0] if len(uses) == 1 and not _is_output(graph, value) else None
+
+
+# --------------------------------------------------------------------------------------------------------------- passes
+def _forget_origins(model: Any) -> None:
+    """Drops stack traces and module scopes: they cost bytes and tell paths of the machine that exported."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    model.producer_name, model.producer_version = "penjing", None
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.initializers.values(), *model.graph.inputs):
+        value.metadata_props.clear()
+
+
+def _transpose_integers(graph: Any) -> None:
+    """Transpose(DequantizeLinear(integers)) → DequantizeLinear(transposed integers): runtimes fuse only the latter."""
+    for node in list(graph):
+        if node.op_type != "Transpose":
+            continue
+        source = node.inputs[0].producer()
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        codes = _constant(source.inputs[0])
+        if codes is None or _attribute(source, "block_size", 0):
+            continue
+        order = list(_attribute(node, "perm", tuple(reversed(range(codes.ndim)))))
+        moved = _keep(graph, f"{source.inputs[0].name}.T", codes.transpose(order))
+        inputs = [moved, *source.inputs[1:]]
+        made = _dequantize(inputs, node)
+        scale = _constant(source.inputs[1])
+        if scale is not None and scale.ndim:
+            _set_axis(made, order.index(_attribute(source, "axis", 1) % codes.ndim))
+        graph.insert_before(node, made)
+        _replace_all(node.outputs[0], made.outputs[0])
+        if _is_output(graph, node.outputs[0]):
+            continue
+        graph.remove(node, safe=True)
+
+
+def _dequantize(inputs: list[Any], like: Any) -> Any:
+    import onnx_ir as ir
+
+    old = like.outputs[0]
+    made = ir.Node("", "DequantizeLinear", inputs, num_outputs=1, name=f"{like.name}_integers")
+    made.outputs[0].name = f"{old.name}_integers"
+    made.outputs[0].shape, made.outputs[0].type = old.shape, old.type
+    return made
+
+
+def _fold_pads(graph: Any) -> None:
+    """Moves constant zero padding into the convolution behind it, through the grid between them if there is one.
+
+    Zero is a point of every grid that holds it, so the convolution's own padding (the zero point) means the same.
+    """
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Pad" or not node.inputs:
+            continue
+        pads = _spatial_pads(node)
+        if pads is None:
+            continue
+        convolutions = _convolutions_behind(graph, node.outputs[0])
+        if not convolutions:
+            continue
+        for convolution in convolutions:
+            rank = len(pads) // 2
+            own = list(_attribute(convolution, "pads", (0,) * (2 * rank)))
+            total = [int(a + b) for a, b in zip(own, pads, strict=True)]
+            convolution.attributes["pads"] = ir.AttrInt64s("pads", total)
+        _replace_all(node.outputs[0], node.inputs[0])
+        graph.remove(node, safe=True)
+
+
+def _spatial_pads(node: Any) -> list[int] | None:
+    """[begin…, end…] over the spatial axes, or None if this padding cannot go into a convolution."""
+    mode = _attribute(node, "mode", "constant")
+    amounts = _constant(node.inputs[1])
+    fill = _constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(())
+    shape = node.inputs[0].shape
+    if (
+        mode != "constant"
+        or amounts is None
+        or fill is None
+        or np.any(fill != 0)
+        or shape is None
+        or (amounts < 0).any()
+    ):
+        return None
+    rank = len(shape)
+    axes = range(rank)
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        given = _constant(node.inputs[3])
+        if given is None:
+            return None
+        axes = [int(a) % rank for a in given.ravel()]  # type: ignore[assignment]
+    count = len(axes)
+    if rank < 3 or amounts.size != 2 * count:
+        return None
+    begin, end = [0] * rank, [0] * rank
+    for place, axis in enumerate(axes):
+        begin[axis], end[axis] = int(amounts[place]), int(amounts[count + place])
+    if any(begin[:2]) or any(end[:2]):
+        return None
+    return begin[2:] + end[2:]
+
+
+def _convolutions_behind(graph: Any, value: Any) -> list[Any]:
+    """The convolutions that read `value`, directly or from a grid that holds zero; [] if anything else reads it."""
+    if _is_output(graph, value):
+        return []
+    found = []
+    for user, index in value.uses():
+        if user.op_type == "Conv" and index == 0 and _attribute(user, "auto_pad", "NOTSET") == "NOTSET":
+            found.append(user)
+        elif user.op_type in ("QuantizeLinear", "DequantizeLinear") and index == 0:
+            zero = _constant(user.inputs[2]) if len(user.inputs) > 2 else np.zeros(())
+            behind = _convolutions_behind(graph, user.outputs[0]) if zero is not None and not zero.ndim else []
+            if not behind:
+                return []
+            found += behind
+        else:
+            return []
+    return found
+
+
+def _activations_to_unsigned(graph: Any) -> None:
+    """int8 grids of activations → uint8, codes and zero point + 128. Grids whose codes something else reads stay."""
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
+            continue
+        zero = _constant(node.inputs[2])
+        if zero is None or zero.dtype != np.int8 or _is_output(graph, node.outputs[0]):
+            continue
+        readers = [user for user, _ in node.outputs[0].uses()]
+        if any(r.op_type != "DequantizeLinear" for r in readers):
+            continue
+        moved = _keep(
+            graph, f"zero_{int(zero.flat[0]) + 128}" if zero.ndim == 0 else f"{node.inputs[2].name}_u8", _shift(zero)
+        )
+        node.replace_input_with(2, moved)
+        if "output_dtype" in node.attributes:
+            node.attributes.pop("output_dtype")
+        node.outputs[0].type = moved.type
+        for reader in readers:
+            reader.replace_input_with(2, moved)
+
+
+def _shift(codes: Array) -> Array:
+    return (codes.astype(np.int16) + 128).astype(np.uint8)
+
+
+def _weights(graph: Any, dialect: Dialect) -> None:
+    """int8 weights of products with integer activations → uint8 where the dialect wants them so."""
+    for node in list(graph):
+        if node.op_type not in _PRODUCTS or len(node.inputs) < 2:
+            continue
+        source = node.inputs[1].producer()
+        activation = node.inputs[0].producer()
+        if source is None or source.op_type != "DequantizeLinear" or _attribute(source, "block_size", 0):
+            continue
+        if activation is None or activation.op_type != "DequantizeLinear":
+            continue
+        codes, scale = _constant(source.inputs[0]), _constant(source.inputs[1])
+        if codes is None or scale is None or codes.dtype != np.int8:
+            continue
+        zero = _constant(source.inputs[2]) if len(source.inputs) > 2 else np.zeros(scale.shape, np.int8)
+        if zero is None:
+            continue
+        axis = _attribute(source, "axis", 1) % codes.ndim if scale.ndim else None
+        groups = _attribute(node, "group", 1)
+        depthwise = node.op_type == "Conv" and groups > 1 and codes.shape[1] == 1
+        if not dialect.unsigned_weights(codes, axis, depthwise):
+            continue
+        made = _dequantize(
+            [
+                _keep(graph, source.inputs[0].name, _shift(codes)),
+                source.inputs[1],
+                _keep(graph, f"{source.inputs[0].name}_zero_point", _shift(zero)),
+            ],
+            source,
+        )
+        if axis is not None:
+            _set_axis(made, axis)
+        graph.insert_before(source, made)
+        node.replace_input_with(1, made.outputs[0])
+
+
+def _sweep(model: Any) -> None:
+    """Removes nodes and initializers that nothing reads any more."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+    RemoveUnusedNodesPass()(model)
+    TopologicalSortPass()(model)

@@ -1,0 +1,130 @@
+"""OpenVINO on the CPU, from .onnx files.
+
+Dialect: uint8 activations (int8 ones with a zero point do not compile), int8 weights (uint8 ones run in float). On CPUs
+without VNNI its int8 kernels overflow with weights of full range; no other way of writing the same grid avoids that, so
+there the weights must be chosen safely (the Quantize step does) or the parity gate refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from penjing.runtimes import onnx_graph
+from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, register
+from penjing.runtimes.onnx_passes import Dialect
+
+if TYPE_CHECKING:
+    from penjing.network import Network
+
+_PRODUCTS = frozenset(
+    "Convolution GroupConvolution Deconvolution FullyConnected MatMul RNNSeq RNNCell ScaledDotProductAttention".split()
+)
+_NO_WORK = frozenset("Input Output Const Parameter Result Constant".split())
+_CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+
+
+def _never(codes: Array, axis: int | None, depthwise: bool) -> bool:
+    return False
+
+
+DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_never)
+
+
+class OpenVinoSession(Session):
+    """A model compiled by OpenVINO for latency with one stream."""
+
+    def __init__(self, model: Any, core: Any, target: Target) -> None:
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": target.thread_count,
+        }
+        if target.precision is not None:
+            settings["INFERENCE_PRECISION_HINT"] = target.precision
+        self._compiled = core.compile_model(model, "CPU", settings)
+        self._request = self._compiled.create_infer_request()
+        ports = [Port(_name(i), _shape(i.get_partial_shape()), i.get_element_type().to_dtype()) for i in model.inputs]
+        super().__init__(target, ports, [_name(o) for o in model.outputs])
+        self._executed: list[Executed] | None = None
+
+    def _run(self, inputs: Mapping[str, Array]) -> list[Array]:
+        results = self._request.infer(dict(inputs))
+        return [results[i] for i in range(len(self.output_names))]
+
+    @property
+    def precision(self) -> str:  # type: ignore[override]
+        """ "int8" if any product runs in integers, else what most products run in."""
+        kinds = [e.precision for e in self.executed() if e.op in _PRODUCTS] or ["f32"]
+        return "int8" if "int8" in kinds else max(sorted(set(kinds)), key=kinds.count)
+
+    def executed(self) -> list[Executed]:
+        """The nodes of the executed graph with the arithmetic of the primitive that was chosen."""
+        if self._executed is None:
+            rows = []
+            for node in self._compiled.get_runtime_model().get_ops():
+                info = {k: str(v.astype(str)) for k, v in node.get_rt_info().items() if k in _WANTED}
+                kind = info.get("layerType", node.get_type_name())
+                if kind not in _NO_WORK:
+                    rows.append(Executed(op=kind, name=node.get_friendly_name(), precision=_precision(info)))
+            self._executed = rows
+        return list(self._executed)
+
+
+_WANTED = ("layerType", "runtimePrecision", "primitiveType")
+
+
+def _precision(info: Mapping[str, str]) -> str:
+    """The primitive's own suffix tells the arithmetic: a u8 input may still be widened and multiplied in floats."""
+    last = info.get("primitiveType", "").rpartition("_")[2].lower()
+    if last not in ("i8", "u8", "f32", "bf16", "f16"):
+        last = info.get("runtimePrecision", "f32").lower()
+    return "int8" if last in ("i8", "u8") else last
+
+
+def _name(port: Any) -> str:
+    names = sorted(port.get_names())
+    return names[0] if names else str(port.get_node().get_friendly_name())
+
+
+def _shape(shape: Any) -> tuple[int | None, ...]:
+    return tuple(d.get_length() if d.is_static else None for d in shape)
+
+
+@register
+class OpenVino(Runtime):
+    """`.onnx` files in OpenVINO's CPU plugin."""
+
+    name: ClassVar[str] = "openvino"
+    suffix: ClassVar[str] = ".onnx"
+    requires: ClassVar[str | None] = "openvino"
+    extra: ClassVar[str | None] = "openvino"
+
+    def _write(self, network: Network, path: Path) -> None:
+        onnx_graph.write(network, path, DIALECT)
+
+    def _open(self, path: Path, target: Target) -> Session:
+        onnx_graph.read(path)
+        return self._compile(str(path), target, path)
+
+    def _compile(self, source: str | bytes, target: Target, path: Path) -> OpenVinoSession:
+        core = self.need().Core()
+        try:
+            return OpenVinoSession(core.read_model(source), core, target)
+        except RuntimeError as error:
+            raise self._damaged(path, error) from error
+
+    def float_precisions(self) -> tuple[str, ...]:
+        able = self.need().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return tuple(p for p, word in _CAPABILITIES.items() if p == "f32" or word in able)
+
+    def trace(self, network: Network) -> torch.export.ExportedProgram:
+        return onnx_graph.translate(network).exported_program
+
+    def intermediates(self, path: Path, names: Sequence[str], inputs: Mapping[str, Array]) -> dict[str, Array]:
+        model, found = onnx_graph.with_inner_outputs(path, names)
+        session = self._compile(model, Target(runtime=self.name, precision="f32"), path)
+        return {n: v for n, v in zip(session.output_names, session.run(inputs), strict=True) if n in found}
