@@ -32,7 +32,7 @@ def test_folders(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     (tmp_path / "empty").mkdir()
     (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / "report.json").write_text("{}")
+    (tmp_path / "bundle" / "provenance.json").write_text("{}")
     assert output_folder(str(tmp_path / "new")).name == "new"
     assert output_folder(str(tmp_path / "empty")).name == "empty"
     assert output_folder(str(tmp_path / "bundle")).name == "bundle"

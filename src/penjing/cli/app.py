@@ -57,7 +57,8 @@ _UNWRITABLE = {
     errno.ENOTDIR,
     errno.EIO,
 }
-_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+# typer brings its own copy of click; this is the base of its usage errors, whichever copy that is.
+_UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def _version(wanted: bool) -> None:

@@ -76,6 +76,8 @@ def compress(
         target=targets,
         task=goal,
         steps=result.steps,
+        plans=result.plans,
+        seed=seed,
         progress=screen,
     )
     pj.deploy(result.network, target=targets, out=folder, report=report, recipe=steps)

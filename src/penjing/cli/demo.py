@@ -62,9 +62,11 @@ def demo(
         target=targets,
         task="classification",
         steps=result.steps,
+        plans=result.plans,
+        seed=seed,
         progress=screen,
     )
-    pj.deploy(result.network, target=targets, out=folder, report=report, recipe=recipe)
+    pj.deploy(result.network, target=targets, out=folder / "bundle", report=report, recipe=recipe)
     _tell(screen, start, "4. packing both for the wire")
     pj.pack(original, folder / "original.penjing")
     pj.pack(result.network, folder / "digits.penjing")
@@ -105,10 +107,16 @@ def _summary(targets: list[dict[str, Any]]) -> Table:
 
 def _next(screen: Screen, folder: Path, seconds: float) -> None:
     screen.say(f"\nDone in {seconds:.0f} s. [bold]Where things are[/]")
-    screen.line(f"  {folder}/report.html        the same numbers with their spread, step by step: open it in a browser")
-    screen.line(f"  {folder}/                   the bundle: the files that runtimes open, report, recipe, provenance")
-    screen.line(f"  {folder}/digits.penjing     the small network in one file for the wire")
+    rows = (
+        ("bundle/report.html", "the same numbers with their spread, step by step: open it in a browser"),
+        ("bundle/", "what to ship: the files that the runtimes open, report, recipe, provenance"),
+        ("digits.penjing", "the small network in one file for the wire; original.penjing is the large one"),
+    )
+    for name, what in rows:
+        screen.line(f"  {f'{folder}/{name}':<{len(str(folder)) + 22}}{what}")
     screen.say("[bold]What to try next[/]")
     screen.line(f"  penjing inspect {folder}/digits.penjing")
-    screen.line(f"  penjing unpack {folder}/digits.penjing again.safetensors")
+    screen.line(
+        f"  penjing evaluate {folder}/bundle --baseline {folder}/original.penjing --data digits --task classification"
+    )
     screen.line("  penjing compress yours.py:build --data yours.py:train --test yours.py:test --task classification")

@@ -37,7 +37,7 @@ def deploy(
     folder = output_folder(out)
     samples = load_data(data) if data else None
     network = load_network(model, data=samples, shapes=input_shape)
-    bundle = pj.deploy(network, target=targets, out=folder, progress=screen)
+    bundle = pj.deploy(network, target=targets, out=folder, data=samples, progress=screen)
     artifacts = [dict(a) for a in bundle.artifacts]
     rows = [(f"{folder / str(a['path'])}", f"{words.size(a['bytes'])}, {_parity(a['parity'])}") for a in artifacts]
     screen.say(facts(rows, f"Written to {folder}/"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from penjing.cli import options
 from penjing.cli.models import load_network
@@ -38,18 +39,33 @@ def inspect(
 
     [bold]penjing inspect net.penjing[/]   [bold]penjing inspect net.py:build --input-shape 1x3x32x32 --groups[/]
     """
+    from penjing import package
     from penjing.data import load_data
+    from penjing.evaluation import describe
+    from penjing.network.footprint import footprint
 
     screen: Screen = context.obj
     found: dict[str, Any] = {"schema": 1, "what": model}
     path = Path(model).expanduser()
     if path.suffix == ".penjing" and path.is_file():
-        found["package"] = _package(screen, path)
-    if path.is_dir() and (path / "report.json").is_file():
+        contents = package.inspect(path)
+        found["package"] = contents.to_dict()
+        screen.line(str(contents))
+        screen.say()
+    if path.is_dir():
         found["report"] = _report(screen, path)
     samples = load_data(data) if data else None
     network = load_network(model, data=samples, shapes=input_shape)
-    found["network"] = _network(screen, network)
+    found["network"] = {
+        **describe(network),
+        "parameters": network.parameter_count(),
+        "macs": footprint(network).macs,
+        "history": list(network.history),
+        "tensors": _tensors(network),
+    }
+    screen.say(_summary(found["network"]))
+    if "package" not in found:
+        _show_tensors(screen, found["network"]["tensors"])
     if groups:
         found["groups"] = [str(g) for g in network.groups()]
         screen.say("[bold]Channel groups[/]")
@@ -59,34 +75,23 @@ def inspect(
     return 0
 
 
-def _package(screen: Screen, path: Path) -> dict[str, Any]:
-    from penjing import package
-
-    contents = package.inspect(path)
-    screen.line(str(contents))
-    screen.say()
-    to_dict = getattr(contents, "to_dict", None)
-    return to_dict() if to_dict is not None else dict(vars(contents))
-
-
-def _report(screen: Screen, folder: Path) -> dict[str, Any]:
+def _report(screen: Screen, folder: Path) -> dict[str, Any] | None:
+    if not (folder / "report.json").is_file():
+        return None
     try:
         report: dict[str, Any] = json_module.loads((folder / "report.json").read_text(encoding="utf8"))
         show_report(screen, report)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{folder / 'report.json'} is damaged: {error}", hint="write the bundle again with penjing deploy"
+            f"{folder / 'report.json'} is damaged ({type(error).__name__})",
+            hint="write the bundle again with penjing deploy",
         ) from error
     screen.say()
     return report
 
 
-def _network(screen: Screen, network: Network) -> dict[str, Any]:
-    from penjing.evaluation import words
-    from penjing.network.footprint import footprint
-
-    tensors = network.tensors()
-    rows = [
+def _tensors(network: Network) -> list[dict[str, Any]]:
+    return [
         {
             "name": name,
             "shape": list(t.shape),
@@ -94,58 +99,31 @@ def _network(screen: Screen, network: Network) -> dict[str, Any]:
             "bytes": t.numel() * t.element_size(),
             "zeros": float((t == 0).float().mean()) if t.numel() else 0.0,
         }
-        for name, t in tensors.items()
+        for name, t in network.tensors().items()
     ]
-    described = {
-        "name": network.name,
-        "task": network.task,
-        "inputs": [
-            {
-                "name": i.name,
-                "shape": ["N" if d in i.dynamic else s for d, s in enumerate(i.shape)],
-                "dtype": str(i.dtype).removeprefix("torch."),
-            }
-            for i in network.inputs
-        ],
-        "outputs": list(network.output_names),
-        "parameters": network.parameter_count(),
-        "macs": footprint(network).macs,
-        "tensor_bytes": sum(r["bytes"] for r in rows),
-        "history": list(network.history),
-        "tensors": rows,
-    }
-    screen.say(
-        facts(
-            [
-                (
-                    "inputs",
-                    ", ".join(
-                        f"{i['name']} {'×'.join(map(str, i['shape']))} {i['dtype']}" for i in described["inputs"]
-                    ),
-                ),
-                ("outputs", ", ".join(described["outputs"])),
-                ("parameters", f"{described['parameters']:,}"),
-                ("multiply-adds", f"{described['macs']:,} a sample"),
-                ("tensors", f"{words.size(described['tensor_bytes'])} in {len(rows)}"),
-                ("history", ", then ".join(str(e.get("name") or e.get("event")) for e in network.history) or "none"),
-            ],
-            network.name,
-        )
+
+
+def _summary(described: dict[str, Any]) -> Table:
+    looks = [f"{i['name']} {'×'.join(map(str, i['shape']))} {i['dtype']}" for i in described["inputs"]]
+    size = sum(t["bytes"] for t in described["tensors"])
+    pairs = (
+        ("inputs", ", ".join(looks)),
+        ("outputs", ", ".join(described["outputs"])),
+        ("parameters", f"{described['parameters']:,}"),
+        ("multiply-adds", f"{described['macs']:,} a sample"),
+        ("tensors", f"{len(described['tensors'])}, {size:,} bytes"),
+        ("history", ", ".join(str(e.get("name") or e.get("event")) for e in described["history"]) or "none"),
     )
+    return facts(pairs, described["name"])
+
+
+def _show_tensors(screen: Screen, tensors: list[dict[str, Any]]) -> None:
     made = table()
-    for column, side in (
-        ("tensor", "left"),
-        ("shape", "right"),
-        ("type", "left"),
-        ("size", "right"),
-        ("zeros", "right"),
-    ):
-        made.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
-    big = sorted(rows, key=lambda r: -r["bytes"])[:_ROWS]
-    for row in big:
-        shape = "×".join(map(str, row["shape"])) or "scalar"
-        made.add_row(row["name"], shape, row["dtype"], words.size(row["bytes"]), f"{100 * row['zeros']:.0f} %")
+    for column in ("tensor", "shape", "type", "bytes", "zeros"):
+        made.add_column(column, justify="left" if column in ("tensor", "type") else "right", overflow="fold")
+    for t in sorted(tensors, key=lambda t: -int(t["bytes"]))[:_ROWS]:
+        shape = "×".join(map(str, t["shape"])) or "scalar"
+        made.add_row(t["name"], shape, t["dtype"], f"{t['bytes']:,}", f"{100 * t['zeros']:.0f} %")
     screen.say(made)
-    if len(rows) > _ROWS:
-        screen.note(f"the {_ROWS} largest of {len(rows)} tensors; --json lists them all")
-    return described
+    if len(tensors) > _ROWS:
+        screen.note(f"the {_ROWS} largest of {len(tensors)} tensors; --json lists them all")

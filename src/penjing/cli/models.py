@@ -69,14 +69,14 @@ def _from_file(text: str, path: Path) -> Network:
 def _from_folder(text: str, path: Path) -> Network:
     import penjing as pj
 
-    for found in sorted(path.glob("*.penjing")):
-        return pj.unpack(found)
+    if (path / "provenance.json").exists():
+        return pj.Bundle.load(path).network()
     if (path / "config.json").exists():
         raise InputError(
             f"{text} is a transformers folder, which cannot be read yet",
             hint="write a function that returns the model (from_pretrained) and name it as file.py:function",
         )
-    inner = sorted(p.parent.name for p in path.glob("*/*.penjing"))
+    inner = sorted(p.parent.name for p in path.glob("*/provenance.json"))
     raise InputError(
         f"the folder {text} is not a bundle",
         hint=f"name one of the bundles in it: {', '.join(inner)}"

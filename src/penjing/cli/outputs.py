@@ -8,6 +8,8 @@ from pathlib import Path
 
 from penjing.errors import OutputError
 
+_MARK = "provenance.json"  # in every bundle
+
 
 def output_file(text: str, *, suffixes: tuple[str, ...] = ()) -> Path:
     """The path of a file to write; raises OutputError where writing cannot succeed, and checks the suffix if given."""
@@ -22,18 +24,22 @@ def output_file(text: str, *, suffixes: tuple[str, ...] = ()) -> Path:
     return path
 
 
-def output_folder(text: str, *, marks: tuple[str, ...] = ("report.json", "provenance.json")) -> Path:
-    """The path of a folder to write, which is absent, empty, or an earlier bundle (it holds one of `marks`).
+def output_folder(text: str) -> Path:
+    """The path of a folder to write, which is absent, empty, or an earlier result of penjing.
 
     A folder of anything else is refused: nothing of somebody's is ever overwritten.
     """
     path = Path(text).expanduser()
     if path.exists() and not path.is_dir():
         raise OutputError(f"{text} exists and is not a folder", hint="name another folder with --out")
-    if path.is_dir() and any(path.iterdir()) and not any(found for m in marks for found in path.rglob(m)):
+    if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
         raise OutputError(f"{text} holds other files", hint="name a new or empty folder with --out")
     _probe(path.parent, text)
     return path
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / _MARK).is_file() or any(folder.glob(f"*/{_MARK}"))
 
 
 def _probe(parent: Path, text: str) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 
 def table(title: str | None = None) -> Table:
     """An empty table in the one style of this command line."""
-    return Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
 
 
 def facts(pairs: Sequence[tuple[str, object]], title: str | None = None) -> Table:
