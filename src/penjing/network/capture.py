@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 import sysconfig
 import traceback
@@ -86,13 +87,18 @@ def _from_module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
         notes: list[str] = []
         failures: list[Exception] = []
         for training in (True, False):
-            model.train(training)
             for batch_dynamic in (True, False) if dynamic else (False,):
+                model.train(training)
                 try:
                     with _quiet():
                         program = torch.export.export(model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs, batch_dynamic))
                     network = _from_program(program, name=name)
                     _check_outputs(network, args, kwargs, expected)
+                    if network.batch_is_dynamic:
+                        more = _one_more(args, kwargs)
+                        model.eval()
+                        with torch.no_grad(), _quiet():
+                            _check_outputs(network, *more, model(*copy.deepcopy(more[0]), **copy.deepcopy(more[1])))
                 except Exception as error:
                     failures.append(error)
                     continue
@@ -123,7 +129,7 @@ def _from_program(program: ExportedProgram, *, name: str) -> Network:
     by_leaf: Iterator[fx.Node] = iter(placeholders)
     structure_in = pytree.tree_map(lambda _: next(by_leaf).name, _plain((tuple(args), dict(kwargs))))
     specs = tuple(
-        _describe(n.name, x, {d for d, s in enumerate(_shape_of(n)) if not isinstance(s, int)})
+        _describe(n.name, x, {d for d, s in enumerate(_shape_of(n)) if not _is_fixed(s)})
         for n, x in zip(placeholders, examples, strict=True)
     )
     owned = {
@@ -169,6 +175,13 @@ def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
     return doubled[0], doubled[1]
 
 
+def _one_more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The batch with its first sample once more."""
+    size = next(x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if x.ndim)
+    grown = pytree.tree_map(lambda x: torch.cat([x, x[:1]]) if x.ndim and x.shape[0] == size else x, (args, kwargs))
+    return grown[0], grown[1]
+
+
 def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any], batch: bool) -> Any:
     tensors = pytree.tree_leaves((args, kwargs))
     size = next((x.shape[0] for x in tensors if x.ndim), None)
@@ -183,6 +196,11 @@ def _named(args: tuple[Any, ...], shapes: Any) -> dict[str, Any]:
 def _shape_of(node: fx.Node) -> tuple[Any, ...]:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _is_fixed(size: Any) -> bool:
+    """A symbolic size may have turned out to be one number."""
+    return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
 def _describe(name: str, value: Tensor, dynamic: set[int]) -> InputSpec:
@@ -278,22 +296,29 @@ def _short(text: str) -> str:
 
 @contextlib.contextmanager
 def _kept_modes(model: torch.nn.Module) -> Iterator[None]:
+    """Puts training flags back afterwards; meanwhile transformers models return no key-value cache, which is no tensor."""
     modes = [(m, m.training) for m in model.modules()]
+    config: Any = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
     try:
+        if cache:
+            config.use_cache = False
         yield
     finally:
+        if cache:
+            config.use_cache = cache
         for module, training in modes:
             module.training = training
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export warns about what the person at the keyboard cannot change."""
+    """torch.export warns about what the person at the keyboard cannot change, and prints whole graphs when it fails."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
