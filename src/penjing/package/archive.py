@@ -1,0 +1,249 @@
+"""Plain values to one .penjing file and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penjing.errors import InputError, OutputError, PackageError
+from penjing.package import codecs, grids, layout, zstd
+from penjing.package.layout import HEADER_SIZE, Header, Index, Part
+from penjing.package.pieces import CODES, Tensor, divide, spec
+from penjing.progress import SILENT, Progress
+
+Array = NDArray[Any]
+
+_CODE_OF = {np.dtype(code).str[1:]: code for code in reversed(CODES)}
+
+
+def encode(
+    topology: str,
+    arrays: Mapping[str, Array],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> bytes:
+    """The bytes of a package.
+
+    topology: any text. arrays: numpy arrays of bool, integers or floats (bfloat16 as its uint16 bits), of any shape;
+    8-bit integers are coded as grids, everything else losslessly too. metadata: plain JSON values.
+    The same input gives the same bytes (of the same zstandard release). Raises InputError for other values.
+    """
+    tensors = tuple(_tensor(name, array) for name, array in arrays.items())
+    text = _utf8(topology)
+    flat = [_flat(array) for array in arrays.values()]
+    bundles = divide(tensors)
+    on_grid = [p for pieces in bundles for p in pieces if tensors[p.tensor].is_grid]
+    with progress.task("coding tensors", len(bundles)) as advance:
+        models, assigned = grids.plan(
+            [
+                grids.Grid(values=grids.symbols(flat[p.tensor][p.start : p.stop]), unit=tensors[p.tensor].unit)
+                for p in on_grid
+            ]
+        )
+        by_piece = dict(zip(on_grid, assigned, strict=True))
+        parts, payloads = [], []
+        for pieces in bundles:
+            chosen = [flat[p.tensor][p.start : p.stop] for p in pieces]
+            known = [by_piece[p] for p in pieces] if pieces[0] in by_piece else None
+            codec, payload = codecs.encode(chosen, [spec(tensors, p) for p in pieces], known, models)
+            parts.append(Part(codec=codec, stored=len(payload), digest=_sha256(payload), pieces=pieces))
+            payloads.append(payload)
+            advance(1)
+    _keep_honest(parts, payloads, flat, sum(t.nbytes for t in tensors) + len(text))
+    if not any(part.codec == codecs.GRID for part in parts):
+        models = ()
+    frame = zstd.compress(text) or text
+    codec, frame = (codecs.ZSTD, frame) if len(frame) < len(text) else (codecs.STORED, text)
+    index = Index(
+        tensors=tensors,
+        topology=Part(codec=codec, stored=len(frame), digest=_sha256(frame), pieces=()),
+        topology_raw=len(text),
+        parts=tuple(parts),
+        models=models,
+        metadata=_plain(metadata),
+    )
+    return b"".join([layout.pack(index), frame, *payloads])
+
+
+def _keep_honest(parts: list[Part], payloads: list[bytes], flat: list[Array], raw: int) -> None:
+    """Stores some parts as they are where a network is so empty that readers would take it for a memory bomb."""
+    for i, part in enumerate(parts):
+        if raw <= layout.raw_limit(sum(map(len, payloads))):
+            return
+        payloads[i] = b"".join(flat[p.tensor][p.start : p.stop].tobytes() for p in part.pieces)
+        parts[i] = Part(codec=codecs.STORED, stored=len(payloads[i]), digest=_sha256(payloads[i]), pieces=part.pieces)
+
+
+def decode(data: bytes | memoryview, *, progress: Progress = SILENT) -> tuple[str, dict[str, Array], dict[str, Any]]:
+    """Topology, arrays (in the order they were given) and metadata; bit-exact. Raises PackageError."""
+    _, index, payloads = _open(memoryview(data))
+    arrays = [np.empty(t.size, dtype=t.dtype) for t in index.tensors]
+    with progress.task("decoding tensors", len(index.parts)) as advance:
+        for part, payload in zip(index.parts, payloads[1:], strict=True):
+            specs = [spec(index.tensors, p) for p in part.pieces]
+            decoded = codecs.decode(part.codec, payload, specs, index.models)
+            for piece, values in zip(part.pieces, decoded, strict=True):
+                arrays[piece.tensor][piece.start : piece.stop] = values
+            advance(1)
+    out = {
+        t.name: a.reshape(t.shape).astype(t.dtype.newbyteorder("="), copy=False)
+        for t, a in zip(index.tensors, arrays, strict=True)
+    }
+    return _topology(index, payloads[0]), out, index.metadata
+
+
+def write(
+    path: str | os.PathLike[str],
+    topology: str,
+    arrays: Mapping[str, Array],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> int:
+    """Writes a package and returns its bytes; the file appears whole or not at all. Raises OutputError, InputError."""
+    data = encode(topology, arrays, metadata=metadata, progress=progress)
+    path = Path(path)
+    aside: str | None = None
+    try:
+        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(aside, 0o666 & ~mask)
+        os.replace(aside, path)
+    except OSError as error:
+        if aside is not None:
+            Path(aside).unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} could not be written: {error.strerror or error}",
+            hint=f"{len(data)} bytes are needed in a folder that can be written to",
+        ) from error
+    return len(data)
+
+
+def read(path: str | os.PathLike[str], *, progress: Progress = SILENT) -> tuple[str, dict[str, Array], dict[str, Any]]:
+    """Topology, arrays and metadata of a file. Raises PackageError for anything but a whole, undamaged package."""
+    return decode(load(path), progress=progress)
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Checks the index and the SHA-256 of every part of a file; raises PackageError at the first that is wrong."""
+    _open(memoryview(load(path)))
+
+
+def load(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file that starts as a package does and has the length that its header and index say."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise PackageError(
+                f"{path} is a folder or no ordinary file" if path.exists() else f"there is no file {path}",
+                hint="name a .penjing file",
+            )
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(HEADER_SIZE)
+            body = file.read(layout.parse_header(head).index_size)
+            layout.parse_index(head, body, size)
+            return head + body + file.read()
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def open_bytes(data: bytes) -> tuple[Header, Index, list[memoryview]]:
+    """Header, index and the bytes of topology and parts, every digest checked."""
+    return _open(memoryview(data))
+
+
+def _open(data: memoryview) -> tuple[Header, Index, list[memoryview]]:
+    data = data.cast("B") if data.format != "B" else data
+    header = layout.parse_header(data)
+    end = HEADER_SIZE + header.index_size
+    index = layout.parse_index(data[:HEADER_SIZE], data[HEADER_SIZE:end], len(data))
+    payloads = list(_payloads(index, data[end:]))
+    return header, index, payloads
+
+
+def _payloads(index: Index, rest: memoryview) -> Iterator[memoryview]:
+    at = 0
+    for number, part in enumerate((index.topology, *index.parts)):
+        payload = rest[at : at + part.stored]
+        at += part.stored
+        if _sha256(payload) != part.digest:
+            what = "the topology" if number == 0 else f"part {number - 1} ({_names(index, part)})"
+            raise PackageError(f"{what} does not match its SHA-256", hint="the package is damaged: get it again")
+        yield payload
+
+
+def _names(index: Index, part: Part) -> str:
+    names = [index.tensors[p.tensor].name for p in part.pieces]
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _topology(index: Index, payload: memoryview) -> str:
+    raw = bytes(payload)
+    if index.topology.codec == codecs.ZSTD:
+        raw = zstd.decompress(payload, index.topology_raw)
+    try:
+        if len(raw) != index.topology_raw:
+            raise PackageError("the topology has another length than declared", hint="get the package again")
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise PackageError("the topology is no text", hint="the package was made by a faulty writer") from error
+
+
+def _tensor(name: str, array: Array) -> Tensor:
+    if not isinstance(name, str):
+        raise InputError(f"a tensor's name must be a text, got {name!r}")
+    _utf8(name)
+    code = _CODE_OF.get(array.dtype.str[1:]) if isinstance(array, np.ndarray | np.generic) else None
+    if code is None:
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise InputError(
+            f"tensor '{name}' is {kind}, which a package cannot hold",
+            hint="use numpy arrays of bool, integers or floats up to 64 bits; bfloat16 as its uint16 bits",
+        )
+    if not layout.fits(list(array.shape)):
+        raise InputError(f"tensor '{name}' has shape {array.shape}, which a package cannot hold")
+    return Tensor(name=name, code=code, shape=tuple(int(d) for d in array.shape))
+
+
+def _flat(array: Array) -> Array:
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1)
+
+
+def _utf8(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise InputError(f"the topology must be a text, got {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("a text of the package is no valid Unicode") from error
+
+
+def _plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        text = json.dumps(dict(metadata or {}), allow_nan=False, ensure_ascii=False)
+        text.encode()
+        plain: dict[str, Any] = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"the metadata is no plain JSON: {error}", hint="use text, numbers, lists and dicts"
+        ) from error
+    return plain
+
+
+def _sha256(data: bytes | memoryview) -> bytes:
+    return hashlib.sha256(data).digest()

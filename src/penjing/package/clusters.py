@@ -1,0 +1,106 @@
+"""Which rows of the integer grids share a histogram: k-means in the space of code lengths.
+
+Chou, Lookabaugh and Gray's entropy-constrained clustering (1989) with code lengths as the distance: a row goes to the
+model that codes it in the fewest bits, the bits that name the model counted in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+_CANDIDATES = (1, 2, 3, 5, 8, 12)
+_MODEL_BITS = 500.0  # what a model costs to send, about
+_ROUNDS = 8
+_STEP = 4096.0  # costs are multiples of 1/4096 bit, so that sums are exact and every machine groups alike
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clusters:
+    """bits: (models, 256), cost of each byte value; prior: (models,), cost of naming the model."""
+
+    bits: Floats
+    prior: Floats
+
+    def assign(self, histograms: Floats) -> tuple[NDArray[np.uint8], bool]:
+        """The model of each row of a tensor, and whether they are all one.
+
+        histograms: (rows, 256). One model for all rows needs no map, and is taken where that is cheaper.
+        """
+        costs = histograms @ self.bits.T
+        whole = costs.sum(axis=0)
+        single = int(whole.argmin())
+        costs = costs + self.prior
+        best = costs.argmin(axis=1)
+        if whole[single] <= costs[np.arange(len(best)), best].sum():
+            return np.full(len(best), single, dtype=np.uint8), True
+        return best.astype(np.uint8), bool((best == best[0]).all())
+
+
+def fit(histograms: Floats, *, share: float) -> Clusters:
+    """Clusters of the rows given, as many as pay for themselves.
+
+    histograms: (rows, 256) counts of byte values; share: the part of the network's symbols that these rows are.
+    """
+    best: tuple[float, Clusters] | None = None
+    size = np.maximum(histograms.sum(axis=1), 1)
+    order = np.argsort(_entropies(histograms, size), kind="stable")
+    for number in _CANDIDATES:
+        if number > len(histograms):
+            break
+        cost, clusters = _lloyd(histograms, _shares(size, order, number))
+        cost = cost / share + number * _MODEL_BITS
+        if best is None or cost < best[0]:
+            best = cost, clusters
+        elif number >= 5:
+            break
+    if best is None:
+        return Clusters(bits=np.full((1, 256), 8.0), prior=np.zeros(1))
+    return best[1]
+
+
+def _lloyd(histograms: Floats, labels: NDArray[np.intp]) -> tuple[float, Clusters]:
+    previous = np.inf
+    for _ in range(_ROUNDS):
+        clusters = _centres(histograms, labels)
+        costs = histograms @ clusters.bits.T + clusters.prior
+        labels = costs.argmin(axis=1)
+        total = float(costs[np.arange(len(labels)), labels].sum())
+        if total >= previous * (1 - 1e-4):
+            break
+        previous = total
+    return total, clusters
+
+
+def _entropies(histograms: Floats, size: Floats) -> Floats:
+    p = histograms / size[:, None]
+    bits = np.log2(p, where=p > 0, out=np.zeros_like(p))
+    return np.asarray(np.rint(-(p * bits).sum(axis=1) * _STEP))
+
+
+def _shares(size: Floats, order: NDArray[np.intp], number: int) -> NDArray[np.intp]:
+    """Starting labels: rows in order of their own entropy, cut into shares of equally many symbols."""
+    passed = np.cumsum(size[order]) - size[order] / 2
+    labels = np.empty(len(size), dtype=np.intp)
+    labels[order] = np.minimum(number - 1, passed * number // size.sum()).astype(np.intp)
+    return labels
+
+
+def _centres(histograms: Floats, labels: NDArray[np.intp]) -> Clusters:
+    rows = np.bincount(labels)
+    used = np.flatnonzero(rows)
+    return centres((labels == used[:, None]).astype(np.float64) @ histograms, rows[used])
+
+
+def centres(counts: Floats, rows: NDArray[np.intp]) -> Clusters:
+    """Clusters from the (models, 256) symbols and the number of rows that each model was given."""
+    everything = counts.sum(axis=0)
+    # A value that a model has not seen costs as much as its rarity in the whole network suggests.
+    counts = counts + 0.5 * everything / max(everything.sum(), 1) + 2.0**-10
+    bits = np.log2(counts.sum(axis=1, keepdims=True)) - np.log2(counts)
+    prior = np.log2(rows.sum()) - np.log2(rows)
+    return Clusters(bits=np.rint(bits * _STEP) / _STEP, prior=np.rint(prior * _STEP) / _STEP)

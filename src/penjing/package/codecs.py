@@ -1,0 +1,88 @@
+"""The codecs of parts, by number. A new coder takes the next number; older readers refuse a number they do not know.
+
+0 stored: the pieces' little-endian bytes. 1 zstd: one frame of the same. 2 grids: grids.py. 3 planes: planes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penjing.errors import PackageError
+from penjing.package import grids, planes, zstd
+from penjing.package.models import Model
+from penjing.package.pieces import GRIDS, Spec
+
+STORED, ZSTD, GRID, PLANES = range(4)
+NAMES = ("stored", "zstd", "grids", "planes")
+
+Array = NDArray[np.generic]
+
+
+def encode(
+    arrays: list[Array], specs: list[Spec], assigned: list[grids.Assignment] | None, models: Sequence[Model]
+) -> tuple[int, bytes]:
+    """The codec that makes this part smallest, and its bytes. `assigned`: where all pieces are 8-bit grids."""
+    raw = b"".join(a.tobytes() for a in arrays)
+    forms = [(STORED, raw)]
+    if assigned is not None:
+        wanted = [grids.Grid(values=grids.symbols(a), unit=s.unit) for a, s in zip(arrays, specs, strict=True)]
+        forms.append((GRID, grids.encode(wanted, assigned, models)))
+    else:
+        forms.append((PLANES, planes.encode(arrays)))
+    frame = zstd.compress(raw, worth=min(len(data) for _, data in forms))
+    if frame is not None:
+        forms.append((ZSTD, frame))
+    return min(forms, key=lambda form: len(form[1]))
+
+
+def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[Model]) -> list[Array]:
+    """The flat little-endian arrays of a part's pieces; raises PackageError for bytes that no writer makes."""
+    if codec == GRID:
+        _only_grids(specs)
+        out: list[Array] = []
+        for values, spec in zip(grids.decode(payload, _sizes(specs), models), specs, strict=True):
+            out.append((values ^ 0x80).view(np.int8) if spec.code == "b" else values)
+    elif codec == PLANES:
+        out = planes.decode(payload, specs)
+    else:
+        raw: bytes | memoryview = payload
+        size = sum(s.nbytes for s in specs)
+        if codec == ZSTD:
+            raw = zstd.decompress(payload, size)
+        if len(raw) != size:
+            raise PackageError(f"a stored part holds {len(raw)} bytes instead of {size}", hint="get the package again")
+        out, at = [], 0
+        for spec in specs:
+            out.append(
+                np.frombuffer(raw, dtype=spec.dtype, count=spec.size, offset=at)
+                if spec.size
+                else np.zeros(0, dtype=spec.dtype)
+            )
+            at += spec.nbytes
+    if any(s.code == "?" and a.size and a.view(np.uint8).max() > 1 for a, s in zip(out, specs, strict=True)):
+        raise PackageError("a truth value is neither 0 nor 1", hint="the package was made by a faulty writer")
+    return out
+
+
+def shares(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[Model]) -> list[float]:
+    """Relative sizes of the pieces inside a part; nothing is decoded for it."""
+    if codec == GRID:
+        _only_grids(specs)
+        return grids.shares(payload, _sizes(specs), models)
+    if codec == PLANES:
+        return planes.shares(payload, specs)
+    return [float(s.nbytes) for s in specs]
+
+
+def _sizes(specs: list[Spec]) -> list[tuple[int, int]]:
+    return [(s.size, s.unit) for s in specs]
+
+
+def _only_grids(specs: list[Spec]) -> None:
+    if any(s.code not in GRIDS for s in specs):
+        raise PackageError(
+            "a part of integer grids holds other tensors", hint="the package was made by a faulty writer"
+        )

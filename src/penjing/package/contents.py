@@ -1,0 +1,140 @@
+"""What is inside a package, and what each tensor costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+
+from penjing.package import codecs
+from penjing.package.archive import load, open_bytes
+from penjing.package.layout import HEADER_SIZE
+from penjing.package.pieces import spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One tensor. `coded_bytes` is exact for a part of its own; a part shared with others is divided by estimate."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    raw_bytes: int
+    coded_bytes: int
+
+    @property
+    def bits_per_element(self) -> float:
+        """Coded bits for each element; 0 for an empty tensor."""
+        elements = self.raw_bytes // np.dtype(self.dtype).itemsize
+        return 8 * self.coded_bytes / elements if elements else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A package's inventory. `index_bytes` + `topology_coded_bytes` + the rows' coded bytes are `file_bytes`."""
+
+    format_version: int
+    required_flags: int
+    optional_flags: int
+    metadata: dict[str, Any]
+    tensors: tuple[Row, ...]
+    parts: int
+    models: int
+    index_bytes: int
+    topology_raw_bytes: int
+    topology_coded_bytes: int
+    file_bytes: int
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of all tensors in memory."""
+        return sum(row.raw_bytes for row in self.tensors)
+
+    @property
+    def coded_bytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return sum(row.coded_bytes for row in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        out = dataclasses.asdict(self)
+        out["tensors"] = [
+            {**dataclasses.asdict(row), "shape": list(row.shape), "bits_per_element": round(row.bits_per_element, 4)}
+            for row in self.tensors
+        ]
+        return {**out, "raw_bytes": self.raw_bytes, "coded_bytes": self.coded_bytes}
+
+    def __str__(self) -> str:
+        head = ("tensor", "type", "shape", "codec", "raw", "coded", "bits/element")
+        rows = [
+            (r.name, r.dtype, "×".join(map(str, r.shape)) or "scalar", r.codec, f"{r.raw_bytes:,}",
+             f"{r.coded_bytes:,}", f"{r.bits_per_element:.2f}")
+            for r in self.tensors
+        ]  # fmt: skip
+        rows.append(("topology", "", "", "", f"{self.topology_raw_bytes:,}", f"{self.topology_coded_bytes:,}", ""))
+        rows.append(("index", "", "", "", "", f"{self.index_bytes:,}", ""))
+        rows.append(("total", "", "", "", f"{self.raw_bytes + self.topology_raw_bytes:,}", f"{self.file_bytes:,}", ""))
+        widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+        table = [
+            "  ".join(
+                cell.ljust(width) if i < 4 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in (head, *rows)
+        ]
+        table.insert(1, "  ".join("-" * width for width in widths))
+        title = (
+            f"penjing package, format {self.format_version}: {len(self.tensors)} tensors in {self.parts} parts, "
+            f"{self.models} symbol models"
+        )
+        notes = [f"{key}: {value}" for key, value in self.metadata.items()]
+        return "\n".join([title, *notes, "", *table])
+
+
+def inspect(path: str | os.PathLike[str]) -> Contents:
+    """The inventory of a file, its digests checked, without decoding a tensor. Raises PackageError."""
+    data = load(path)
+    header, index, payloads = open_bytes(data)
+    coded = [0] * len(index.tensors)
+    codec = [set[str]() for _ in index.tensors]
+    for part, payload in zip(index.parts, payloads[1:], strict=True):
+        specs = [spec(index.tensors, p) for p in part.pieces]
+        weights = codecs.shares(part.codec, payload, specs, index.models)
+        for piece, share in zip(part.pieces, _divided(part.stored, weights), strict=True):
+            coded[piece.tensor] += share
+            codec[piece.tensor].add(codecs.NAMES[part.codec])
+    return Contents(
+        format_version=header.version,
+        required_flags=header.required,
+        optional_flags=header.optional,
+        metadata=index.metadata,
+        tensors=tuple(
+            Row(
+                name=t.name,
+                dtype=np.dtype(t.code).name,
+                shape=t.shape,
+                codec="+".join(sorted(codec[i])),
+                raw_bytes=t.nbytes,
+                coded_bytes=coded[i],
+            )
+            for i, t in enumerate(index.tensors)
+        ),
+        parts=len(index.parts) + 1,
+        models=len(index.models),
+        index_bytes=HEADER_SIZE + header.index_size,
+        topology_raw_bytes=index.topology_raw,
+        topology_coded_bytes=index.topology.stored,
+        file_bytes=len(data),
+    )
+
+
+def _divided(total: int, weights: list[float]) -> list[int]:
+    """`total` in whole numbers proportional to `weights`, nothing lost to rounding."""
+    whole = sum(weights)
+    shares = np.array(weights) if whole > 0 else np.ones(len(weights))
+    edges = np.rint(np.concatenate([[0.0], np.cumsum(shares)]) * (total / shares.sum())).astype(np.int64)
+    edges[-1] = total
+    return [int(n) for n in np.diff(edges)]

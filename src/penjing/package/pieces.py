@@ -1,0 +1,120 @@
+"""How tensors are laid out over parts, and parts over tensors: bundles of small ones, ranges of large ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+MAX_PART = 4 << 20  # raw bytes that a part may hold; a reader allocates no more than this at a time
+_TARGET = 2 << 20  # raw bytes that the writer aims at
+_UNIT = 64  # least number of symbols that share a model
+
+CODES = "?bBhHiIqQefd"  # numpy's and struct's letters for the element types a package holds
+GRIDS = "bB"  # those that are integer grids
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """Name, element type (one letter of `CODES`) and shape."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """The element type, little-endian."""
+        return np.dtype(self.code).newbyteorder("<")
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def unit(self) -> int:
+        """Number of neighbouring elements that share a symbol model: whole rows (first axis), at least 64 elements."""
+        row = max(1, math.prod(self.shape[1:]))
+        return row * -(-_UNIT // row) if len(self.shape) > 1 else max(_UNIT, self.size)
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether it holds 8-bit integers."""
+        return self.code in GRIDS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Elements `start` to `stop`, in C order, of tensor number `tensor`."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a codec must know of a piece: element type, number of elements, elements that share a symbol model."""
+
+    code: str
+    size: int
+    unit: int
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """The element type, little-endian."""
+        return np.dtype(self.code).newbyteorder("<")
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes."""
+        return self.size * self.dtype.itemsize
+
+
+def spec(tensors: Sequence[Tensor], piece: Piece) -> Spec:
+    """The Spec of a piece."""
+    tensor = tensors[piece.tensor]
+    return Spec(code=tensor.code, size=piece.stop - piece.start, unit=tensor.unit)
+
+
+def in_part_order(tensors: Sequence[Tensor]) -> list[int]:
+    """Numbers of the tensors in the order in which parts hold them: 8-bit grids first, then the others."""
+    grids = [i for i, t in enumerate(tensors) if t.is_grid]
+    return grids + [i for i, t in enumerate(tensors) if not t.is_grid]
+
+
+def divide(tensors: Sequence[Tensor]) -> list[tuple[Piece, ...]]:
+    """The pieces of each part."""
+    parts: list[tuple[Piece, ...]] = []
+    bundle: list[Piece] = []
+    filled, kind = 0, True
+    for i in in_part_order(tensors):
+        tensor = tensors[i]
+        if bundle and (filled + tensor.nbytes > _TARGET or tensor.is_grid != kind):
+            parts.append(tuple(bundle))
+            bundle, filled = [], 0
+        kind = tensor.is_grid
+        if tensor.nbytes > _TARGET:
+            parts += [(piece,) for piece in _ranges(i, tensor)]
+        else:
+            bundle.append(Piece(tensor=i, start=0, stop=tensor.size))
+            filled += tensor.nbytes
+    return [*parts, tuple(bundle)] if bundle else parts
+
+
+def _ranges(number: int, tensor: Tensor) -> list[Piece]:
+    """Even ranges of whole rows, where rows are not huge."""
+    number_of = -(-tensor.nbytes // _TARGET)
+    step = -(-tensor.size // number_of)
+    row = math.prod(tensor.shape[1:])
+    if row * tensor.dtype.itemsize <= _TARGET // 2:
+        step = -(-step // row) * row
+    return [Piece(tensor=number, start=s, stop=min(s + step, tensor.size)) for s in range(0, tensor.size, step)]

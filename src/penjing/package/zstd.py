@@ -1,0 +1,41 @@
+"""zstd frames (RFC 8878) without sizes or checksums of their own: the index has both."""
+
+from __future__ import annotations
+
+import zstandard
+
+from penjing.errors import PackageError
+
+_SMALL = 16 << 10  # bytes up to which the strongest level is always tried
+_MAX_WINDOW = 128 << 20
+
+
+def compress(data: bytes, *, worth: int | None = None) -> bytes | None:
+    """A frame of `data`; None if it would not come below `worth` bytes, which a quick trial tells.
+
+    The trial finds what a coder of single symbols cannot see, repetition; without any, the slow level gains nothing.
+    """
+    if worth is not None and len(data) > _SMALL and len(_frame(data, 3)) > worth:
+        return None
+    return _frame(data, 19)
+
+
+def decompress(frame: bytes | memoryview, size: int) -> bytes:
+    """The `size` bytes of one frame; raises PackageError if the frame says anything else."""
+    try:
+        # A size in the frame would overrule the limit given, so a frame with another size is refused before.
+        declared = zstandard.frame_content_size(frame)
+        if declared not in (-1, size):
+            raise PackageError(f"a zstd frame holds {declared} bytes instead of {size}", hint="get the package again")
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+        # A limit of 0 would mean none; a writer stores nothing as nothing.
+        data = decompressor.decompress(frame, max_output_size=max(size, 1), allow_extra_data=False)
+    except (zstandard.ZstdError, ValueError, MemoryError) as error:
+        raise PackageError("a zstd frame cannot be decoded", hint="get the package again") from error
+    if len(data) != size:
+        raise PackageError(f"a zstd frame holds {len(data)} bytes instead of {size}", hint="get the package again")
+    return bytes(data)
+
+
+def _frame(data: bytes, level: int) -> bytes:
+    return zstandard.ZstdCompressor(level=level, write_content_size=False, write_checksum=False).compress(data)
