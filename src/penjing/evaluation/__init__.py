@@ -2,7 +2,7 @@
 
 from penjing.evaluation.assemble import evaluate
 from penjing.evaluation.constraints import Constraint, parse_constraints, verdict
-from penjing.evaluation.describe import describe, digest, wire_bytes
+from penjing.evaluation.describe import data_digest, describe, digest, wire_bytes
 from penjing.evaluation.environment import environment
 from penjing.evaluation.intervals import mean_interval, paired_difference
 from penjing.evaluation.latency import LatencySettings, compare, interleave
@@ -19,6 +19,7 @@ __all__ = [
     "Report",
     "TargetResult",
     "compare",
+    "data_digest",
     "describe",
     "digest",
     "environment",

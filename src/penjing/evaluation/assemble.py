@@ -17,7 +17,7 @@ from penjing.data import Data
 from penjing.errors import DataError, InputError, TargetError
 from penjing.evaluation.bench import Bench
 from penjing.evaluation.constraints import Constraint, parse_constraints, verdict
-from penjing.evaluation.describe import describe
+from penjing.evaluation.describe import describe, digest
 from penjing.evaluation.environment import environment
 from penjing.evaluation.latency import LatencySettings
 from penjing.evaluation.result import Report, TargetResult
@@ -107,7 +107,8 @@ def evaluate(
     main = results[0].to_dict()
     best = _best_of_both(results[0])
     return Report(
-        network=describe(network),
+        network={**describe(network), "baseline_digest": None if base is None else digest(base)},
+        data=bench.seen_data.to_dict(),
         targets=results,
         verdict=verdict(limits, main["result"], main["baseline"], best),
         environment=environment(seed=seed),

@@ -11,7 +11,7 @@ import numpy as np
 
 from penjing.data import Data
 from penjing.errors import TargetError
-from penjing.evaluation.describe import wire_bytes
+from penjing.evaluation.describe import DataDigest, wire_bytes
 from penjing.evaluation.intervals import mean_interval, paired_difference
 from penjing.evaluation.latency import LatencySettings, Timings, compare, interleave
 from penjing.evaluation.measurement import Measurement, Metric
@@ -55,6 +55,7 @@ class Bench:
         self.latency, self.memory = latency, memory
         self.files = ArtifactFolder()
         self.first = first
+        self.seen_data = DataDigest()
         bound = network.bind(first)
         self.small = _arrays(fit_batch(network, bound, latency_batch))
         self.large = _arrays(fit_batch(network, bound, throughput_batch))
@@ -77,6 +78,7 @@ class Bench:
                 opened[name] = (runtime.load(plain.path, setting), plain, setting)
         opened[_RESULT] = (runtime.load(artifact.path, target), artifact, target)
         references = [name for name in opened if name != _RESULT]
+        self.seen_data = DataDigest()
         scored = self._score(opened, references[0] if references else None)
         timed = self._time(opened, self.small, self.latency, "latency")
         rated = self._time(opened, self.large, _faster(_THROUGHPUT, self.latency), "throughput")
@@ -130,6 +132,7 @@ class Bench:
             network=self.network,
             task=self.task,
             reference=reference,
+            seen_data=self.seen_data,
             batch_size=self.batch_size,
             limit=self.limit,
             progress=self.progress,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from penjing.data import Data
 from penjing.errors import DataError, ParityError, PenjingError
+from penjing.evaluation.describe import DataDigest
 from penjing.evaluation.fidelity import Agreement, compare_outputs
 from penjing.evaluation.intervals import Scores
 from penjing.network import Network
@@ -50,6 +51,7 @@ def score(
     reference: str | None = None,
     batch_size: int = 64,
     limit: int | None = None,
+    seen_data: DataDigest | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Scored]:
     """Run every session of ``runs`` on the samples of ``data``.
@@ -62,6 +64,7 @@ def score(
         reference: the name of the run the others are compared with; None: the network itself, run by PyTorch.
         batch_size: samples at a time; a network with a fixed batch is fed its own number, the last batch padded.
         limit: at most so many samples.
+        seen_data: takes in what was measured on.
         progress: told about the samples done.
 
     Returns:
@@ -76,6 +79,7 @@ def score(
     total = len_of(data, limit)
     with progress.task("measuring on " + _words(len(runs), "session"), total) as advance:
         for inputs, labels in data.batches(_batch(network, batch_size), limit=limit):
+            start = seen
             for bound, part_labels, n in _parts(network, inputs, labels):
                 arrays = {name: tensor.detach().cpu().numpy() for name, tensor in bound.items()}
                 outputs = {name: _checked(run(arrays), name, network, seen, n) for name, run in runs.items()}
@@ -86,6 +90,8 @@ def score(
                         collected[name].scores.append(_scores(task, network, found, part_labels, n))
                 seen += n
                 advance(n)
+            if seen_data is not None:
+                seen_data.update(inputs, labels, seen - start)
     if seen == 0:
         raise DataError("there is not one sample to measure on", hint="give data with at least one batch")
     return {

@@ -53,6 +53,7 @@ def _onnxruntime(order: dict[str, Any]) -> Callable[[], Callable[[dict[str, Any]
 
 
 def _openvino(order: dict[str, Any]) -> Callable[[], Callable[[dict[str, Any]], object]]:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would send usage statistics
     openvino: Any = importlib.import_module("openvino")
 
     def open_artefact() -> Callable[[dict[str, Any]], object]:

@@ -80,6 +80,7 @@ class Report:
     verdict: dict[str, Any]
     environment: dict[str, Any]
     steps: tuple[dict[str, Any], ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
     files: ArtifactFolder | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -123,7 +124,7 @@ class Report:
             {
                 "schema": SCHEMA,
                 "headline": words.headline(main),
-                "warnings": [text for target in targets for text in words.warnings(target)],
+                "warnings": list(dict.fromkeys(text for target in targets for text in words.warnings(target))),
                 "network": self.network,
                 "baseline": main["baseline"],
                 "best_uncompressed": main["best_uncompressed"],
@@ -133,6 +134,7 @@ class Report:
                 "verdict": self.verdict,
                 "artifacts": list(self.artifacts),
                 "targets": targets,
+                "data": self.data,
                 "environment": self.environment,
             }
         )

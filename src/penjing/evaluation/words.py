@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from penjing.evaluation.constraints import is_fraction
 
 Values = Mapping[str, Any]
 MINUS = "−"
+SAME = 0.03
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -17,11 +19,8 @@ def number(value: float, digits: int = 3) -> str:
         return "0"
     if not 1e-4 <= abs(value) < 1e7:
         return f"{value:.{digits - 1}e}".replace("-", MINUS)
-    before = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    decimals = max(digits - before, 0)
-    if abs(value) < 1:
-        decimals = digits + f"{abs(value):.6f}"[2:].find(f"{abs(value):.6f}"[2:].lstrip("0")[:1] or "0")
-    return f"{value:.{min(decimals, 8)}f}".replace("-", MINUS)
+    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:.{decimals}f}".replace("-", MINUS)
 
 
 def amount(value: float | None, unit: str = "") -> str:
@@ -40,10 +39,10 @@ def size(value: float | None) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Milliseconds, or microseconds below 0.1 ms."""
+    """Milliseconds, or microseconds below 1 ms."""
     if value is None:
         return "–"
-    return f"{number(value * 1e3)} µs" if value < 0.1 else f"{number(value)} ms"
+    return f"{number(value * 1e3)} µs" if value < 1 else f"{number(value)} ms"
 
 
 def metric_value(metric: Values | None) -> str:
@@ -89,10 +88,10 @@ def metric_change(change: Values | None, metric: Values | None) -> str:
     return f"{show(change['difference'])}{unit}{spread}"
 
 
-def times(ratio: float, better: str, worse: str) -> str:
-    """A ratio result/reference in words: 0.25 → ``4× smaller``; within 1 % it is ``the same``."""
-    if 0.99 <= ratio <= 1.01:
-        return "the same"
+def times(ratio: float, better: str, worse: str, *, same: float = SAME) -> str:
+    """A ratio result/reference in words: 0.25 → ``4× smaller``; within ``same`` (3 %) it is ``about the same``."""
+    if abs(ratio - 1) <= same:
+        return "about the same"
     factor = 1 / ratio if ratio < 1 else ratio
     shown = f"{factor:.0f}" if factor >= 100 else f"{factor:.1f}" if factor >= 1.95 else f"{factor:.2f}"
     return f"{shown}× {better if ratio < 1 else worse}"
@@ -181,13 +180,14 @@ def _doubts(result: Values, change: Values) -> list[str]:
 
 
 def _on(ratio: float, suffix: str, same: str) -> str:
-    return same if 0.99 <= ratio <= 1.01 else suffix
+    return same if abs(ratio - 1) <= SAME else suffix
 
 
 def _speed(latency: Values, target: Values) -> str:
     several = len(target.get("uncompressed") or ()) > 1
     best = target.get("best_uncompressed") or target["baseline"]
-    what = f"the best uncompressed setting ({setting(best)})" if several else f"uncompressed ({setting(best)})"
+    plain = f"{best['runtime']}, {best['precision']}"
+    what = f"the best uncompressed setting ({plain})" if several else f"uncompressed ({plain})"
     if latency["verdict"] == "no measurable difference":
         return f"no measurable difference in speed to {what}"
-    return f"{times(latency['ratio'], 'faster', 'slower')} than {what}"
+    return f"{times(latency['ratio'], 'faster', 'slower', same=0)} than {what}"

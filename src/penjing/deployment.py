@@ -1,0 +1,309 @@
+"""deploy, pack, unpack: a network becomes a folder that is ready to ship, or one small file.
+
+A bundle appears whole or not at all: it is written to a folder beside its place and renamed. What was measured is
+what is shipped: with a Report, the very files that were evaluated go into the bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from penjing import package
+from penjing.data import Data
+from penjing.errors import InputError, OutputError
+from penjing.evaluation import Report, data_digest, describe, environment
+from penjing.network import Network
+from penjing.progress import SILENT, Progress
+from penjing.recipe import Recipe
+from penjing.report import render_html, render_markdown
+from penjing.runtimes import RUNTIMES, Target
+
+KIND = "penjing bundle"
+VERSION = 1
+PACKAGE = "network.penjing"
+PROVENANCE = "provenance.json"
+
+Targets = str | Target | Sequence[str | Target]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """The folder that :func:`deploy` wrote.
+
+    Attributes:
+        path: the folder.
+        artifacts: one row for each exported file, as in report.json: path, runtime, bytes, sha256, parity.
+        provenance: versions, seeds, digests of what went in, and of every file in the folder.
+        report: report.json; None if the bundle was made without an evaluation.
+    """
+
+    path: Path
+    artifacts: tuple[dict[str, Any], ...]
+    provenance: dict[str, Any]
+    report: dict[str, Any] | None = None
+
+    @classmethod
+    def load(cls, path: str | Path, *, verify: bool = True) -> Bundle:
+        """Open a bundle; ``verify`` compares every file with its digest.
+
+        Raises:
+            InputError: no bundle, or a file is missing or was changed.
+        """
+        path = Path(path)
+        provenance = _provenance(path)
+        if verify:
+            for name, expected in provenance["files"].items():
+                file = path / name
+                if not file.is_file():
+                    raise InputError(f"the bundle {path} lacks its file {name}", hint="deploy it again")
+                if _sha256(file) != expected:
+                    raise InputError(
+                        f"{name} in the bundle {path} is not the file that was written", hint="deploy it again"
+                    )
+        report = path / "report.json"
+        return cls(
+            path=path,
+            artifacts=tuple(provenance["artifacts"]),
+            provenance=provenance,
+            report=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
+        )
+
+    def network(self) -> Network:
+        """The deployed network itself, ready for more compression or another target."""
+        return unpack(self.path / PACKAGE)
+
+    def artifact(self, runtime: str) -> Path:
+        """The exported file for a runtime.
+
+        Raises:
+            InputError: the bundle has none.
+        """
+        for row in self.artifacts:
+            if row["runtime"] == runtime:
+                return self.path / str(row["path"])
+        known = ", ".join(sorted(str(row["runtime"]) for row in self.artifacts))
+        raise InputError(f"the bundle {self.path} has no file for {runtime}", hint=f"it was deployed for {known}")
+
+
+def deploy(
+    network: Network,
+    *,
+    target: Targets,
+    out: str | Path,
+    report: Report | None = None,
+    recipe: Recipe | None = None,
+    data: Any = None,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """Write ``network`` as a bundle: artefacts, ``network.penjing``, report, recipe, provenance.
+
+    Args:
+        network: what to ship.
+        target: for which runtimes; one file for each runtime.
+        out: the folder; absent, empty, or an earlier bundle, which is replaced.
+        report: the evaluation of this very network; its measured files are shipped, and its three views written.
+        recipe: written as ``recipe.yaml``.
+        data: the samples it was made with: their digest goes into the provenance, and files that are exported here
+            hold the parity gate on them (on random ones of the captured look otherwise).
+        progress: told what is going on.
+
+    Raises:
+        OutputError: ``out`` holds something else, or cannot be written.
+        InputError: the report is of another network.
+        ExportError, ParityError, TargetError, MissingExtraError: from the runtimes. Nothing is left behind.
+    """
+    listed = [target] if isinstance(target, str | Target) else list(target)
+    if not listed:
+        raise InputError("there is no target to deploy for", hint="for example target='onnxruntime'")
+    runtimes = list(dict.fromkeys(Target.parse(each).runtime for each in listed))
+    described = describe(network)
+    if report is not None and report.network.get("digest") != described["digest"]:
+        raise InputError(
+            "the report is of another network than the one to deploy", hint="evaluate this network, or omit report="
+        )
+    samples = None if data is None else Data(data)
+    with folder_whole(Path(out)) as folder:
+        artifacts = [_artifact(network, runtime, folder, report, samples, progress) for runtime in runtimes]
+        pack(network, folder / PACKAGE)
+        views = None if report is None else _write_report(report, artifacts, folder)
+        if recipe is not None:
+            recipe.dump(folder / "recipe.yaml")
+        files = {each.name: _sha256(each) for each in sorted(folder.iterdir())}
+        provenance = {
+            "kind": KIND,
+            "version": VERSION,
+            "network": described,
+            "targets": [str(Target.parse(each)) for each in listed],
+            "artifacts": artifacts,
+            "recipe": None if recipe is None else recipe.to_dict(),
+            "seeds": _seeds(network, report),
+            "inputs": _input_digests(samples, report),
+            "history": list(network.history),
+            "environment": environment(),
+            "files": files,
+        }
+        text = json.dumps(provenance, indent=2, ensure_ascii=False, default=str) + "\n"
+        (folder / PROVENANCE).write_text(text, encoding="utf-8")
+    return Bundle(path=Path(out), artifacts=tuple(artifacts), provenance=json.loads(text), report=views)
+
+
+def pack(network: Network, path: str | Path) -> int:
+    """Write ``network`` as one coded file for the wire, bit for bit; returns its size in bytes.
+
+    Raises:
+        OutputError: it cannot be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", hint=f"name a file, such as {path / PACKAGE}")
+    topology, arrays = network.state()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return int(package.write(path, topology, arrays, metadata={"name": network.name}))
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def unpack(path: str | Path) -> Network:
+    """The network in a ``.penjing`` file.
+
+    Raises:
+        InputError: there is no such file.
+        PackageError: it is not a package, damaged, or too new.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}", hint="a package is what pack or deploy wrote")
+    topology, arrays, _ = package.read(path)
+    return Network.from_state(topology, arrays)
+
+
+@contextmanager
+def folder_whole(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out`` only if the block ends well; otherwise nothing remains of it.
+
+    Raises:
+        OutputError: ``out`` exists and is neither empty nor a bundle, or its place cannot be written.
+    """
+    _refuse_foreign(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}", hint="name another place") from error
+    try:
+        aside.chmod(0o755)  # mkdtemp makes private folders; a bundle is read by others
+        yield aside
+        _replace(aside, out)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}", hint="name another place") from error
+    finally:  # also on Ctrl-C
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_foreign(out: Path) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise OutputError(f"{out} exists and is not a folder", hint="name another folder")
+    if any(out.iterdir()):
+        try:
+            _provenance(out)
+        except InputError:
+            raise OutputError(f"{out} holds other files", hint="name a new or empty folder") from None
+
+
+def _replace(aside: Path, out: Path) -> None:
+    if not out.exists():
+        os.rename(aside, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        os.rename(out, old / "old")
+        try:
+            os.rename(aside, out)
+        except BaseException:
+            os.rename(old / "old", out)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _artifact(
+    network: Network, runtime: str, folder: Path, report: Report | None, samples: Data | None, progress: Progress
+) -> dict[str, Any]:
+    engine = RUNTIMES.get(runtime)
+    name = f"network-{runtime}{engine.suffix}"
+    if report is not None and report.files is not None:
+        for row in report.artifacts:
+            if row["runtime"] == runtime and report.files.copy(row["path"], folder / name):
+                if _sha256(folder / name) == row["sha256"]:
+                    return {**row, "path": name}
+                raise OutputError(
+                    f"the evaluated file for {runtime} changed before it was deployed", hint="evaluate again"
+                )
+    made = engine.export(
+        network, folder / name, samples=None if samples is None else samples.first(32), progress=progress
+    )
+    return {
+        "path": name,
+        "runtime": runtime,
+        "bytes": made.bytes,
+        "sha256": made.sha256,
+        "parity": asdict(made.parity),
+    }
+
+
+def _write_report(report: Report, artifacts: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    described = report.to_dict()
+    described["artifacts"] = list(artifacts)
+    text = json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(render_html(described), encoding="utf-8")
+    (folder / "report.md").write_text(render_markdown(described), encoding="utf-8")
+    return described
+
+
+def _seeds(network: Network, report: Report | None) -> dict[str, Any]:
+    steps = [event["seed"] for event in network.history if "seed" in event]
+    return {"steps": steps, "evaluation": None if report is None else report.environment.get("seed")}
+
+
+def _input_digests(samples: Data | None, report: Report | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if report is not None:
+        found["measured_on"] = report.data
+        found["baseline_network"] = report.network.get("baseline_digest")
+    if samples is not None:
+        found["data"] = data_digest(samples)
+    return found
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a bundle", hint="a bundle is the folder that deploy wrote") from error
+    fields = ("files", "artifacts")
+    if not isinstance(found, dict) or found.get("kind") != KIND or any(field not in found for field in fields):
+        raise InputError(f"{path} is not a bundle", hint="a bundle is the folder that deploy wrote")
+    names = [*found["files"], *(str(row.get("path")) for row in found["artifacts"])]
+    if any(name != Path(name).name for name in names):
+        raise InputError(f"the bundle {path} names files outside of itself", hint="do not trust it")
+    if found.get("version") != VERSION:
+        raise InputError(f"the bundle {path} has version {found.get('version')}; this penjing reads {VERSION}")
+    return found
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
