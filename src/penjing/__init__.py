@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from penjing.deployment import Bundle, deploy, pack, unpack
     from penjing.errors import PenjingError
     from penjing.evaluation import Report, evaluate
-    from penjing.methods import Finetune, PruneChannels, Quantize
+    from penjing.methods import Finetune, Plan, PruneChannels, Quantize, Recipe, Step
     from penjing.network import Network, capture
-    from penjing.recipe import Plan, Recipe, Step
     from penjing.runtimes import Target
     from penjing.task import Task
 
@@ -23,13 +22,13 @@ _HOMES = {
     "Finetune": "penjing.methods",
     "Network": "penjing.network",
     "PenjingError": "penjing.errors",
-    "Plan": "penjing.recipe",
+    "Plan": "penjing.methods",
     "PruneChannels": "penjing.methods",
     "Quantize": "penjing.methods",
-    "Recipe": "penjing.recipe",
+    "Recipe": "penjing.methods",
     "Report": "penjing.evaluation",
     "Result": "penjing.compression",
-    "Step": "penjing.recipe",
+    "Step": "penjing.methods",
     "Target": "penjing.runtimes",
     "Task": "penjing.task",
     "capture": "penjing.network",

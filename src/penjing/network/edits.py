@@ -20,6 +20,7 @@ from penjing.network.groups import analyse
 from penjing.network.remove import remove
 
 decomposed = torch.ops.quantized_decomposed
+INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +188,8 @@ def _quantize_tensors(draft: Draft, edits: Sequence[QuantizeTensor]) -> None:
         if node.op == "get_attr":
             reads.setdefault(str(node.target), []).append(node)
     for edit in edits:
-        dtype = getattr(torch, edit.dtype, None)
-        if not isinstance(dtype, torch.dtype):
+        dtype = INTEGERS.get(edit.dtype)
+        if dtype is None:
             raise EditError(f"there is no integer type called {edit.dtype!r}")
         if edit.tensor in held and edit.tensor in reads:
             _quantize_parameter(draft.graph, held, reads[edit.tensor], edit, dtype)
@@ -221,9 +222,9 @@ def _quantize_parameter(
     held |= {edit.tensor: integers, name_scale: scale, name_zero: zero}
     first = reads[0]
     with graph.inserting_after(first):
-        scale_node = graph.get_attr(name_scale)
+        scale_node = graph.create_node("get_attr", name_scale)
     with graph.inserting_after(scale_node):
-        zero_node = graph.get_attr(name_zero)
+        zero_node = graph.create_node("get_attr", name_zero)
     with graph.inserting_after(zero_node):
         real = graph.call_function(call, (first, scale_node, zero_node, *extra, *limits, dtype))
     for read in reads:
@@ -293,7 +294,7 @@ def _insert_call(
     for name in wanted:
         if name not in held:
             raise EditError(f"a replacement uses the tensor '{name}', which the network does not have")
-        read[name] = graph.get_attr(name)
+        read[name] = graph.create_node("get_attr", name)
 
     def plain(value: Any) -> Any:
         return flat.decode("%" + value if isinstance(value, str) and value.startswith("@") else value, find)

@@ -1,0 +1,8 @@
+"""The Steps, one file each. Importing this makes all of them known to recipes, which is why `penjing.Recipe` comes from here."""
+
+from penjing.methods.finetune import Finetune
+from penjing.methods.prune_channels import PruneChannels
+from penjing.methods.quantize import Quantize
+from penjing.recipe import Plan, Recipe, Step
+
+__all__ = ["Finetune", "Plan", "PruneChannels", "Quantize", "Recipe", "Step"]
