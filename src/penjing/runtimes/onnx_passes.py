@@ -1,7 +1,7 @@
 """Passes over an exported ONNX model (onnx_ir): nothing here changes what is computed, only how it is written.
 
-A Dialect says which integer types a runtime wants its grids in. Moving a grid from int8 to uint8 adds 128 to its codes and
-to its zero point: the numbers that the codes stand for stay the same.
+A Dialect says which integer types a runtime wants its grids in. Moving a grid from int8 to uint8 adds 128 to its codes
+and to its zero point: the numbers that the codes stand for stay the same.
 """
 
 from __future__ import annotations
@@ -23,29 +23,35 @@ class Dialect:
 
     `unsigned_activations`: int8 grids of activations become uint8.
     `unsigned_weights(codes, axis, depthwise) -> bool`: whether these int8 weights become uint8 (zero point 128).
+    `integer_bias`: the bias of an integer Gemm becomes int32 on the grid of its products (ONNX Runtime needs that).
     """
 
     unsigned_activations: bool
     unsigned_weights: Callable[[Array, int | None, bool], bool]
+    integer_bias: bool
 
 
 def run(model: Any, dialect: Dialect) -> None:
     """All passes, in place."""
     graph = model.graph
     _forget_origins(model)
+    _fold_rows(graph)
+    _fold_rounded(graph)
     _transpose_integers(graph)
     _fold_pads(graph)
     if dialect.unsigned_activations:
         _activations_to_unsigned(graph)
     _weights(graph, dialect)
+    if dialect.integer_bias:
+        _bias_to_integers(graph)
     _sweep(model)
 
 
 def may_saturate(codes: Array, axis: int | None) -> bool:
     """Whether two products of uint8 activations with these int8 weights can overflow 16 bits when added.
 
-    x86 before VNNI adds neighbouring products in int16 (vpmaddubsw): 255·(a+b) must stay within ±32767. Which weights are
-    neighbours is the kernel's business, so the two largest of one sign in each output channel are looked at.
+    x86 before VNNI adds neighbouring products in int16 (vpmaddubsw): 255·(a+b) must stay within ±32767. Which weights
+    are neighbours is the kernel's business, so the two largest of one sign in each output channel are looked at.
     """
     rows = np.moveaxis(codes, axis, 0).reshape(codes.shape[axis], -1) if axis is not None else codes.reshape(1, -1)
     if rows.shape[1] < 2:
@@ -127,6 +133,39 @@ def _forget_origins(model: Any) -> None:
             value.metadata_props.clear()
     for value in (*model.graph.initializers.values(), *model.graph.inputs):
         value.metadata_props.clear()
+
+
+def _fold_rows(graph: Any) -> None:
+    """Gather(constant, constant rows) → those rows (position embeddings); torch's folding stops at large tables."""
+    for node in list(graph):
+        if node.op_type != "Gather":
+            continue
+        table, rows = _constant(node.inputs[0]), _constant(node.inputs[1])
+        if table is None or rows is None or node.inputs[0].is_graph_input():
+            continue
+        taken = np.take(table, rows, axis=int(_attribute(node, "axis", 0)))
+        if taken.size <= table.size and not _is_output(graph, node.outputs[0]):
+            _replace_all(node.outputs[0], _keep(graph, f"{node.inputs[0].name}.rows", taken))
+            graph.remove(node, safe=True)
+
+
+def _fold_rounded(graph: Any) -> None:
+    """DequantizeLinear(QuantizeLinear(constant)) → the rounded constant. OpenVINO fails on sums with such a branch."""
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
+            continue
+        number, scale, zero = (_constant(v) for v in node.inputs[:3])
+        readers = [user for user, _ in node.outputs[0].uses()]
+        if number is None or scale is None or zero is None or scale.ndim or zero.ndim or number.dtype != np.float32:
+            continue
+        if _is_output(graph, node.outputs[0]) or any(r.op_type != "DequantizeLinear" for r in readers):
+            continue
+        limits = np.iinfo(zero.dtype)
+        codes = np.clip(np.rint(number / scale) + int(zero), limits.min, limits.max)
+        rounded = _keep(graph, f"{node.inputs[0].name}.rounded", ((codes - int(zero)) * scale).astype(np.float32))
+        for reader in readers:
+            if not _is_output(graph, reader.outputs[0]):
+                _replace_all(reader.outputs[0], rounded)
 
 
 def _transpose_integers(graph: Any) -> None:
@@ -301,6 +340,40 @@ def _weights(graph: Any, dialect: Dialect) -> None:
             _set_axis(made, axis)
         graph.insert_before(source, made)
         node.replace_input_with(1, made.outputs[0])
+
+
+def _bias_to_integers(graph: Any) -> None:
+    """float bias of a Gemm with integer factors → int32 in steps of (activation step · weight step), if it fits.
+
+    The rounding is at most half of the smallest change that any product can make.
+    """
+    for node in list(graph):
+        if node.op_type != "Gemm" or len(node.inputs) < 3:
+            continue
+        factors = [v.producer() for v in node.inputs[:2]]
+        bias = _constant(node.inputs[2])
+        if bias is None or bias.dtype != np.float32 or bias.ndim != 1:
+            continue
+        if any(f is None or f.op_type != "DequantizeLinear" for f in factors):
+            continue
+        if _attribute(node, "alpha", 1.0) != 1.0 or _attribute(node, "beta", 1.0) != 1.0:
+            continue
+        steps = [_constant(f.inputs[1]) for f in factors]
+        if steps[0] is None or steps[1] is None or steps[0].ndim:
+            continue
+        step = (steps[0].astype(np.float64) * steps[1].astype(np.float64)).astype(np.float32)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            codes = np.rint(bias.astype(np.float64) / step)
+        if not np.isfinite(codes).all() or np.abs(codes).max(initial=0) >= 2**31 - 1:
+            continue
+        name = node.inputs[2].name
+        made = _dequantize(
+            [_keep(graph, f"{name}_codes", codes.astype(np.int32)), _keep(graph, f"{name}_scale", step)], node
+        )
+        made.outputs[0].name, made.outputs[0].shape = f"{name}_float", node.inputs[2].shape
+        _set_axis(made, 0)
+        graph.insert_before(node, made)
+        node.replace_input_with(2, made.outputs[0])
 
 
 def _sweep(model: Any) -> None:

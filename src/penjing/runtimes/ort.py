@@ -1,9 +1,9 @@
 """ONNX Runtime on the CPU.
 
-Dialect: uint8 activations; int8 weights where two products cannot overflow 16 bits (see `onnx_passes.may_saturate`), else
-uint8 with zero point 128. Measured on a CPU with AVX2 and no VNNI: int8 weights of full range give results that are off by
-tens of steps; uint8 ones are exact and about 35 % slower; int8 ones of safe range are exact and fast. Depthwise
-convolutions have a kernel of their own that does not overflow.
+Dialect: uint8 activations; int8 weights where two products cannot overflow 16 bits (see `onnx_passes.may_saturate`),
+else uint8 with zero point 128. Measured on a CPU with AVX2 and no VNNI: int8 weights of full range give results that
+are off by tens of steps; uint8 ones are exact and about 35 % slower; int8 ones of safe range are exact and fast.
+Depthwise convolutions have a kernel of their own that does not overflow.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _unsigned(codes: Array, axis: int | None, depthwise: bool) -> bool:
     return not depthwise and may_saturate(codes, axis)
 
 
-DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_unsigned)
+DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_unsigned, integer_bias=True)
 
 
 class OrtSession(Session):

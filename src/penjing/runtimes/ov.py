@@ -7,6 +7,7 @@ there the weights must be chosen safely (the Quantize step does) or the parity g
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,7 +32,7 @@ def _never(codes: Array, axis: int | None, depthwise: bool) -> bool:
     return False
 
 
-DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_never)
+DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_never, integer_bias=False)
 
 
 class OpenVinoSession(Session):
@@ -102,6 +103,12 @@ class OpenVino(Runtime):
     suffix: ClassVar[str] = ".onnx"
     requires: ClassVar[str | None] = "openvino"
     extra: ClassVar[str | None] = "openvino"
+
+    @classmethod
+    def need(cls) -> Any:
+        """The package, without its telemetry: importing openvino would send usage statistics over the network."""
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        return super().need()
 
     def _write(self, network: Network, path: Path) -> None:
         onnx_graph.write(network, path, DIALECT)

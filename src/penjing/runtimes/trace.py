@@ -86,7 +86,7 @@ def tensor_names(traced: torch.export.ExportedProgram) -> dict[str, str]:
 
 
 def _with_explicit_ranges(module: fx.GraphModule) -> fx.GraphModule:
-    """QuantizeLinear knows the range of its type only: grids that use less of it get a clamp in front (same numbers)."""
+    """QuantizeLinear knows only the range of its type: grids that use less get a clamp in front (same numbers)."""
 
     def narrow(node: fx.Node) -> bool:
         if node.target is not _quantized.quantize_per_tensor.default:
