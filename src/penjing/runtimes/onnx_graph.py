@@ -49,6 +49,14 @@ def translate(network: Network, *, optimize: bool = False) -> torch.onnx.ONNXPro
     return made
 
 
+def decomposed(network: Network) -> torch.export.ExportedProgram:
+    """The program as the exporter translates it; its node names are the names of the file's values."""
+    made = translate(network).exported_program
+    if made is None:
+        raise ExportError(f"{network.name} cannot be written as ONNX: torch's exporter kept no program")
+    return made
+
+
 def write(network: Network, path: Path, dialect: Dialect) -> None:
     """Writes the network as one .onnx file in a runtime's dialect."""
     import onnx_ir as ir
@@ -67,11 +75,10 @@ def write(network: Network, path: Path, dialect: Dialect) -> None:
 def read(path: Path) -> Any:
     """An onnx.ModelProto; raises InputError for a file that is not one."""
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load_model_from_string(path.read_bytes())
-    except (DecodeError, ValueError) as error:
+    except Exception as error:  # protobuf's DecodeError, without importing protobuf for it
         raise InputError(
             f"{path.name!r} is not an ONNX file", hint="the file is damaged or not one of its kind"
         ) from error

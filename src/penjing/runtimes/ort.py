@@ -131,7 +131,7 @@ class OnnxRuntime(Runtime):
             raise self._damaged(path, error) from error
 
     def trace(self, network: Network) -> torch.export.ExportedProgram:
-        return onnx_graph.translate(network).exported_program
+        return onnx_graph.decomposed(network)
 
     def intermediates(self, path: Path, names: Sequence[str], inputs: Mapping[str, Array]) -> dict[str, Array]:
         model, found = onnx_graph.with_inner_outputs(path, names)

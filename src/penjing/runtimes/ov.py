@@ -129,7 +129,7 @@ class OpenVino(Runtime):
         return tuple(p for p, word in _CAPABILITIES.items() if p == "f32" or word in able)
 
     def trace(self, network: Network) -> torch.export.ExportedProgram:
-        return onnx_graph.translate(network).exported_program
+        return onnx_graph.decomposed(network)
 
     def intermediates(self, path: Path, names: Sequence[str], inputs: Mapping[str, Array]) -> dict[str, Array]:
         model, found = onnx_graph.with_inner_outputs(path, names)
