@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401
+import torch.ao.quantization.fx._decomposed
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from penjing.tensors import grids
@@ -66,12 +66,16 @@ def test_mse_equals_a_brute_force_search() -> None:
     x = torch.distributions.StudentT(3.0).sample((1, 5000))
     found = fake_quantize(x, tensor_grid(x, -7, 7, axis=0, ranges="mse"))
     edge = x.abs().max()
+
+    def error(y: torch.Tensor) -> float:
+        return float((y - x).square().mean())
+
     brute = min(
-        float((fake_quantize(x, affine_grid(-edge * f / 500, edge * f / 500, -7, 7, symmetric=True)) - x).square().mean())
+        error(fake_quantize(x, affine_grid(-edge * f / 500, edge * f / 500, -7, 7, symmetric=True)))
         for f in range(20, 501)
     )
-    assert float((found - x).square().mean()) <= brute * 1.05
-    assert float((found - x).square().mean()) < 0.7 * float((fake_quantize(x, tensor_grid(x, -7, 7)) - x).square().mean())
+    assert error(found) <= brute * 1.05
+    assert error(found) < 0.7 * error(fake_quantize(x, tensor_grid(x, -7, 7)))
 
 
 @pytest.mark.parametrize("ranges", ["percentile", "entropy", "mse"])

@@ -197,7 +197,7 @@ def _by_entropy(rows: Tensor, low: Tensor, high: Tensor, levels: int, symmetric:
 
 
 def entropy_cut(counts: Tensor, levels: int) -> int:
-    """The number of leading bins of a histogram of magnitudes to keep, so that `levels` levels lose the least information.
+    """How many leading bins of a histogram of magnitudes to keep, so that `levels` levels lose the least information.
 
     Minimises the Kullback-Leibler divergence between the clipped histogram and its version with `levels` levels
     (Migacz, "8-bit inference with TensorRT", 2017).
@@ -241,8 +241,8 @@ def _spread(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def without_saturation(x: Tensor, grid: Grid, limit: int = 128) -> Grid:
     """`grid` with its scales raised just so far that no two integers of one sign in a channel add to more than `limit`.
 
-    x86 without VNNI instructions multiplies unsigned activations (at most 255) by signed weights in pairs and adds the two
-    products in 16 bits: 255 · 128 ≤ 32767 never saturates, 255 · 254 does. For symmetric grids with zero point 0.
+    x86 without VNNI instructions multiplies unsigned activations (at most 255) by signed weights in pairs and adds the
+    two products in 16 bits: 255 · 128 ≤ 32767 never saturates, 255 · 254 does. For symmetric grids with zero point 0.
     """
     rows, _ = _rows(x, grid.axis, grid.group)
     scale = grid.scale.reshape(-1)

@@ -15,8 +15,8 @@ BINS = 4096  # on each side of zero
 class Observer:
     """Exact minimum, maximum and count, the mean square, and (unless `histogram` is off) a histogram about zero.
 
-    The histogram's bins have a width of a power of two: when a larger value arrives, neighbours are merged until it fits.
-    So what is seen does not depend on the order or the size of the batches, and two observers merge without any loss.
+    The histogram's bins have a width of a power of two: when a larger value arrives, neighbours are merged until it
+    fits. So what is seen does not depend on order or size of the batches, and two observers merge without any loss.
     Non-finite values are counted in `broken` and otherwise left out.
     """
 
