@@ -1,0 +1,249 @@
+"""Finetune: train what is left, by labels, by the original network's answers, or by both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from penjing.data import Data, concatenate
+from penjing.errors import DataError, RecipeError
+from penjing.network import Network, SetWeights
+from penjing.progress import Progress
+from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.task import primary
+from penjing.tensors.distillation import matching, soft_labels
+from penjing.training import AUGMENTATIONS, OPTIMIZERS, Batch, Trained, Training, augment, call, train
+
+#: Tasks whose outputs are logits, with the dimension of their classes.
+_CLASSES = {"classification": 1, "segmentation": 1, "language-modelling": -1}
+#: The teacher's answers are kept, instead of asked for every epoch, while samples and answers stay below this.
+_CACHE_BYTES = 2 << 30
+
+
+@step
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Step):
+    """Train the selected parameters for `epochs` passes (a fraction is fine) over the data.
+
+    `teacher="original"` adds the answers of the network that the recipe started from as soft labels at `temperature`,
+    with the weight `alpha` (the labels get 1 - alpha). Without a task or without labels only the teacher is followed,
+    which needs no labels at all. Weights that an earlier step masked stay zero. `augment="flip-crop"` varies images.
+    The norms' statistics follow the training samples; with `where`, only tensors it selects change.
+    """
+
+    epochs: float = 2
+    lr: float = 0.01
+    teacher: str | None = None
+    temperature: float = 4.0
+    alpha: float = 0.9
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    weight_decay: float = 5e-4
+    augment: str | None = None
+
+    needs_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        infinity = float("inf")
+        self.require_between("epochs", 0, infinity, open_low=True)
+        self.require_between("lr", 0, infinity, open_low=True)
+        self.require_one_of("teacher", (None, "original"))
+        self.require_between("temperature", 0, infinity, open_low=True)
+        self.require_between("alpha", 0, 1)
+        self.require_between("batch_size", 1, infinity)
+        self.require_one_of("optimizer", tuple(OPTIMIZERS))
+        self.require_between("weight_decay", 0, infinity)
+        self.require_one_of("augment", (None, *AUGMENTATIONS))
+
+    def plan(self, network: Network, context: Context) -> Plan:
+        """Trains a copy; the Plan holds the new values of every tensor that changed."""
+        data = self._check(network, context)
+        student = network.module()
+        teacher = context.original.module() if self.teacher else None
+        fast = _channels_last(data, student, *([teacher] if teacher else []))
+        batches, known_answers = self._batches(data, teacher, context, fast)
+        loss = self._loss(network, context, None if known_answers else teacher)
+        trained = train(
+            student,
+            batches,
+            loss,
+            Training(
+                epochs=self.epochs,
+                lr=self.lr,
+                optimizer=self.optimizer,
+                weight_decay=self.weight_decay,
+                seed=context.seed,
+            ),
+            steps_per_epoch=_count_batches(data, self.batch_size),
+            keep=network.masks,
+            frozen=lambda name: not matches(self.where, name),
+            companions=(teacher,) if teacher is not None else (),
+            progress=context.progress,
+            description=f"fine-tuning {network.name}",
+        )
+        return self._result(network, student, trained)
+
+    def _check(self, network: Network, context: Context) -> Data:
+        if context.data is None:
+            raise DataError("Finetune needs samples and no data was given")
+        if network.is_quantized:
+            raise RecipeError(
+                "Finetune cannot train a network that is already quantized", hint="put Finetune before Quantize"
+            )
+        if self.teacher is None:
+            if context.task is None:
+                raise RecipeError(
+                    "Finetune needs a task to train by labels, and none was given",
+                    hint="give a task, or learn without labels by teacher: original",
+                )
+            if next(context.data.batches(1, limit=1))[1] is None:
+                raise DataError(
+                    "Finetune needs labels and the data has none",
+                    hint="give labelled samples, or learn without labels by teacher: original",
+                )
+        if not any(matches(self.where, name) for name in network.parameter_names):
+            raise RecipeError(f"Finetune.where selects no parameter, got {self.where!r}")
+        return context.data
+
+    def _batches(
+        self, data: Data, teacher: nn.Module | None, context: Context, fast: bool
+    ) -> tuple[Callable[[int], Iterator[Batch]], bool]:
+        """Batches (inputs, labels, teacher's answer or None) of an epoch, and whether the answers are in them."""
+        seed = context.seed
+        cached = None
+        if teacher is not None and self.augment is None and self.epochs > 1 and _fits_in_memory(data):
+            cached = _answers(data, teacher, fast, context.progress)
+
+        def of_epoch(epoch: int) -> Iterator[Batch]:
+            generator = torch.Generator().manual_seed(seed * 7919 + epoch)
+            whole = (
+                _slices(cached, self.batch_size, generator)
+                if cached is not None
+                else ((x, y, None) for x, y in data.batches(self.batch_size, shuffle=True, seed=seed * 7919 + epoch))
+            )
+            for number, (inputs, labels, answer) in enumerate(whole):
+                if number and _size(inputs) == 1:
+                    continue  # one sample has no variance: it would spoil the statistics of batch norms
+                if self.augment is not None:
+                    inputs = pytree.tree_map(lambda x: augment(x, self.augment or "", generator), inputs)
+                yield _laid_out(inputs, fast), labels, answer
+
+        return of_epoch, cached is not None
+
+    def _loss(
+        self, network: Network, context: Context, teacher: nn.Module | None
+    ) -> Callable[[nn.Module, Batch], Tensor]:
+        task = context.task
+        dim = _CLASSES.get((task.name if task else network.task) or "")
+
+        def loss(module: nn.Module, batch: Batch) -> Tensor:
+            inputs, labels, answer = batch
+            outputs = call(module, inputs)
+            if self.teacher is None:
+                return _by_labels(outputs, labels)
+            if answer is None and teacher is not None:
+                with torch.no_grad():
+                    answer = primary(call(teacher, inputs))
+            got = primary(outputs)
+            soft = matching(got, answer) if dim is None else soft_labels(got, answer, self.temperature, dim)
+            if task is None or labels is None:
+                return soft
+            # At alpha = 1 the labels are not even looked at, so that they may be anything.
+            return soft if self.alpha == 1 else self.alpha * soft + (1 - self.alpha) * _by_labels(outputs, labels)
+
+        def _by_labels(outputs: Any, labels: Any) -> Tensor:
+            if task is None or labels is None:
+                raise DataError("a batch without labels cannot be trained on without a teacher")
+            return task.loss(outputs, labels)
+
+        return loss
+
+    def _result(self, network: Network, student: nn.Module, trained: Trained) -> Plan:
+        before = network.tensors()
+        after = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+        edits, reasons = [], []
+        for name, old in before.items():
+            new = after[name].detach().contiguous() if name in after else old
+            if not old.is_floating_point() or not matches(self.where, name) or torch.equal(new, old):
+                continue
+            edits.append(SetWeights(parameter=name, value=new.clone()))
+            moved = float((new - old).norm() / old.detach().norm().clamp_min(1e-12))
+            reasons.append(Reason(layer=name, score=moved, choice="trained", why="relative change"))
+        losses = ", ".join(f"{value:.4g}" for value in trained.losses)
+        return Plan(
+            step=self,
+            edits=tuple(edits),
+            reasons=tuple(reasons),
+            notes=(f"{trained.steps} steps; mean loss by tenths: {losses}",),
+        )
+
+
+def _count_batches(data: Data, batch_size: int) -> int:
+    try:
+        samples = len(data)
+    except TypeError:
+        return sum(1 for _ in data.batches(batch_size))
+    first = _size(next(data.batches(batch_size))[0])
+    return max(1, math.ceil(samples / first))
+
+
+def _size(inputs: Any) -> int:
+    return len(next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)))
+
+
+def _fits_in_memory(data: Data) -> bool:
+    try:
+        samples = len(data)
+    except TypeError:
+        return False
+    inputs = next(data.batches(1, limit=1))[0]
+    return samples * sum(t.nbytes for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)) < _CACHE_BYTES
+
+
+def _answers(data: Data, teacher: nn.Module, fast: bool, progress: Progress) -> Batch:
+    """All samples, their labels and the teacher's answers, in order."""
+    parts: list[Batch] = []
+    with torch.no_grad(), progress.task("asking the teacher", None) as advance:
+        for inputs, labels in data.batches(100):
+            parts.append((inputs, labels, primary(call(teacher, _laid_out(inputs, fast)))))
+            advance(_size(inputs))
+    labels = None if any(p[1] is None for p in parts) else concatenate(p[1] for p in parts)
+    return concatenate(p[0] for p in parts), labels, concatenate(p[2] for p in parts)
+
+
+def _slices(whole: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+    order = torch.randperm(_size(whole[0]), generator=generator)
+    for chosen in torch.split(order, batch_size):
+        yield pytree.tree_map(lambda x, chosen=chosen: x[chosen] if isinstance(x, Tensor) else x, whole)
+
+
+def _channels_last(data: Data, *modules: nn.Module) -> bool:
+    """Lay convolutional networks out as channels-last, which CPUs run faster, if their graphs can be run that way."""
+    inputs = next(data.batches(2, limit=2))[0]
+    if not any(isinstance(x, Tensor) and x.ndim == 4 for x in pytree.tree_leaves(inputs)):
+        return False
+    for module in modules:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        with torch.no_grad():
+            for module in modules:
+                call(module, _laid_out(inputs, True))
+    except RuntimeError:  # a view in the graph that wants rows
+        for module in modules:
+            module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return False
+    return True
+
+
+def _laid_out(inputs: Any, fast: bool) -> Any:
+    def there(value: Any) -> Any:
+        four = isinstance(value, Tensor) and value.ndim == 4
+        return value.contiguous(memory_format=torch.channels_last) if four else value
+
+    return pytree.tree_map(there, inputs) if fast else inputs

@@ -1,0 +1,123 @@
+"""How many units every group keeps: uniform, or greedy under a model of what a network costs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+Counts = Mapping[str, int]  #: group → units that stay
+
+
+@dataclass(frozen=True)
+class Share:
+    """A tensor's part in a cost: it costs `base` while whole, and shrinks by the product over its dimensions of the
+    entries that are left. `owners[d]` lists (group, entries a unit) of dimension d; `sizes[d]` is its length."""
+
+    base: float
+    sizes: tuple[int, ...]
+    owners: Mapping[int, tuple[tuple[str, int], ...]]
+
+    def cost(self, gone: Mapping[str, int]) -> float:
+        """The cost left when `gone[group]` units have left."""
+        left = self.base
+        for dim, owners in self.owners.items():
+            left *= 1 - sum(gone.get(group, 0) * entries for group, entries in owners) / self.sizes[dim]
+        return left
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Parameters or multiply-accumulates as a function of the units that stay: a constant and a sum of `Share`s."""
+
+    constant: float
+    shares: Sequence[Share]
+    _by_group: dict[str, list[Share]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for share in self.shares:
+            for group in {g for owners in share.owners.values() for g, _ in owners}:
+                self._by_group.setdefault(group, []).append(share)
+
+    def total(self, gone: Mapping[str, int]) -> float:
+        """The cost of the whole network when `gone[group]` units have left."""
+        return self.constant + sum(share.cost(gone) for share in self.shares)
+
+    def saving(self, gone: Mapping[str, int], group: str, more: int) -> float:
+        """What is saved by taking `more` units out of `group`."""
+        after = {**gone, group: gone.get(group, 0) + more}
+        return sum(share.cost(gone) - share.cost(after) for share in self._by_group.get(group, ()))
+
+
+def rounded(count: int, size: int, round_to: int | None, minimum: int) -> int:
+    """`count` raised to `minimum` and to the next multiple of `round_to`, at most `size`."""
+    count = max(count, min(minimum, size))
+    if round_to:
+        count = -(-count // round_to) * round_to
+    return min(count, size)
+
+
+def uniform(sizes: Counts, ratio: float, round_to: int | None, minimum: int) -> dict[str, int]:
+    """Every group gives up the share `ratio` of its units."""
+    return {g: rounded(round(size * (1 - ratio)), size, round_to, minimum) for g, size in sizes.items()}
+
+
+def greedy(
+    sizes: Counts,
+    errors: Mapping[str, Sequence[float]],
+    models: Sequence[tuple[CostModel, float]],
+    round_to: int | None,
+    minimum: int,
+    accept: Callable[[float], None] = lambda share: None,
+) -> dict[str, int]:
+    """Take units one step at a time where the error rises least for what is saved, until every cost is at its limit.
+
+    `errors[group][i]` is the error with i units gone (not falling); `models` are (cost, limit) pairs, and a saving
+    counts relative to what each cost still has to lose. Groups shrink in steps that end on multiples of `round_to`.
+    Stops early when nothing is left to take; the caller sees by the model whether the limits were reached.
+    """
+    gone = dict.fromkeys(sizes, 0)
+    totals = [model.total(gone) for model, _ in models]
+    starts = list(totals)
+
+    def excess() -> list[float]:
+        return [
+            max(0.0, (total - limit) / max(start - limit, 1e-12))
+            for total, start, (_, limit) in zip(totals, starts, models, strict=True)
+        ]
+
+    def offer(group: str) -> tuple[float, int] | None:
+        size = sizes[group]
+        left = size - gone[group]
+        after = left - 1 if not round_to else (left - 1) // round_to * round_to
+        if after < max(minimum, 1, round_to or 1) or after >= left:
+            return None
+        more = left - after
+        saved = sum(
+            model.saving(gone, group, more) / max(start - limit, 1e-12)
+            for (model, limit), start, over in zip(models, starts, excess(), strict=True)
+            if over > 0
+        )
+        if saved <= 0:
+            return None
+        curve = errors[group]
+        rise = curve[min(gone[group] + more, len(curve) - 1)] - curve[gone[group]]
+        return max(rise, 0.0) / saved, more
+
+    heap: list[tuple[float, str]] = [(0.0, g) for g in sizes]
+    heapq.heapify(heap)
+    while heap and any(over > 0 for over in excess()):
+        # Lazily: a neighbour's shrinking changes what a group would save, so every price is looked at again when it
+        # wins.
+        _, group = heapq.heappop(heap)
+        now = offer(group)
+        if now is None:
+            continue
+        if heap and now[0] > heap[0][0]:
+            heapq.heappush(heap, (now[0], group))
+            continue
+        gone[group] += now[1]
+        totals = [model.total(gone) for model, _ in models]
+        accept(max(excess()))
+        heapq.heappush(heap, (now[0], group))
+    return {g: sizes[g] - gone[g] for g in sizes}
