@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_CANDIDATES = (1, 2, 3, 5, 8, 12)
+_CANDIDATES = (12, 8, 5, 3, 2, 1)
 _MODEL_BITS = 500.0  # what a model costs to send, about
 _ROUNDS = 8
 _STEP = 4096.0  # costs are multiples of 1/4096 bit, so that sums are exact and every machine groups alike
@@ -51,13 +51,13 @@ def fit(histograms: Floats, *, share: float) -> Clusters:
     order = np.argsort(_entropies(histograms, size), kind="stable")
     for number in _CANDIDATES:
         if number > len(histograms):
-            break
+            continue
         cost, clusters = _lloyd(histograms, _shares(size, order, number))
         cost = cost / share + number * _MODEL_BITS
         if best is None or cost < best[0]:
             best = cost, clusters
-        elif number >= 5:
-            break
+        elif number == 8:
+            break  # a large network: fewer models would only lose more
     if best is None:
         return Clusters(bits=np.full((1, 256), 8.0), prior=np.zeros(1))
     return best[1]

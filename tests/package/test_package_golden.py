@@ -1,0 +1,51 @@
+"""The format is pinned: these bytes, written by version 1, must be read for ever."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from penjing.package import decode, encode, inspect
+
+FILE = Path(__file__).parent / "golden" / "tiny.penjing"
+ZSTD = (1, 5, 7)  # the release whose frames are in the file
+
+
+def contents():
+    """Arrays made by arithmetic alone, so that no random generator can change them."""
+    noise = np.frombuffer(hashlib.shake_256(b"penjing").digest(60_000), dtype=np.uint8).astype(np.int64)
+    bell = noise[:40_000].reshape(4, 10_000).sum(axis=0) - 510
+    wide, narrow = (bell[:5184] // 5).clip(-127, 127), bell[:5184] // 100
+    rows = np.concatenate([wide.reshape(192, 27), narrow.reshape(192, 27)])
+    arrays = {
+        "conv.weight": rows.reshape(384, 3, 3, 3).astype(np.int8),
+        "conv.weight_scale": ((noise[40_000:40_768] * 256 + noise[41_000:41_768] + 999) / 2**22).astype(np.float32),
+        "conv.weight_zero_point": np.zeros(192, dtype=np.int64),
+        "table": (np.arange(700) ** 2 % 251 % 19).astype(np.uint8).reshape(7, 100),
+        "half": (np.arange(60, dtype=np.float32) / 8).astype(np.float16),
+        "mask": np.arange(20) % 3 == 0,
+        "steps": np.array(12345678901, dtype=np.int64),
+        "none": np.zeros((2, 0), dtype=np.float64),
+    }
+    return '{"graph": ["conv", "relu"]}', arrays, {"name": "golden", "accuracy": 0.5}
+
+
+def test_the_golden_package_is_read(equal):
+    topology, arrays, metadata = contents()
+    got = decode(FILE.read_bytes())
+    assert got[0] == topology and equal(got[1], arrays) and got[2] == metadata
+
+
+def test_the_golden_package_uses_every_codec_of_note():
+    inside = inspect(FILE)
+    assert {row.codec for row in inside.tensors} >= {"grids", "planes"} and inside.models >= 2
+    digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
+    assert digest == (FILE.parent / "tiny.sha256").read_text().strip()
+
+
+@pytest.mark.skipif(zstandard.ZSTD_VERSION != ZSTD, reason="frames of another zstd release")
+def test_the_golden_package_is_written():
+    topology, arrays, metadata = contents()
+    assert encode(topology, arrays, metadata=metadata) == FILE.read_bytes()
