@@ -46,7 +46,10 @@ def view(report: Values) -> dict[str, Any]:
     return {
         "title": network.get("name") or "network",
         "headline": _capital(report.get("headline") or words.headline(report["targets"][0])),
-        "warnings": report.get("warnings") or [],
+        "warnings": [
+            {"text": text, "tone": _BAD if text.startswith("Regression") else "warn"}
+            for text in report.get("warnings") or ()
+        ],
         "verdict": _verdict(report["verdict"], report["result"].get("metric")),
         "targets": targets,
         "compared": report.get("baseline") is not None,
@@ -201,6 +204,7 @@ def _charts(target: Values, several: bool) -> list[Row]:
         ("Size on the wire", "shorter is better", lambda m: m.get("wire_bytes"), words.size),
         ("Latency, typical", "shorter is better", lambda m: (m.get("latency_ms") or {}).get("p50"), words.milliseconds),
         ("Throughput", "longer is better", lambda m: m.get("throughput_per_s"), lambda v: words.amount(v, "/s")),
+        ("Peak memory", "shorter is better", lambda m: m.get("peak_memory_bytes"), words.size),
         ("Multiply-adds", "shorter is better", lambda m: m.get("macs"), words.amount),
     ]
     charts = []
@@ -229,7 +233,7 @@ def _interval_chart(columns: Sequence[tuple[str, Values | None]]) -> Row | None:
     low, high = low - pad, high + pad
 
     def at(value: float) -> float:
-        return round(100 * (value - low) / (high - low), 2)
+        return round(float(100 * (value - low) / (high - low)), 2)
 
     marks = [
         {
@@ -284,7 +288,7 @@ def _constraint(row: Values, metric: Values | None) -> Row:
         if value is None:
             return "not measured"
         if constraint.kind == "ratio":
-            return f"{words.number(value)}×"
+            return f"{value:.3g}×"
         if constraint.quantity == "metric":
             fraction = is_fraction(metric or {})
             if constraint.kind == "change":
