@@ -7,6 +7,7 @@ from typing import Any
 
 from penjing.evaluation import words
 from penjing.evaluation.constraints import is_fraction, parse_constraints
+from penjing.report.charts import bars, capital, intervals
 
 Values = Mapping[str, Any]
 Row = dict[str, Any]
@@ -45,7 +46,7 @@ def view(report: Values) -> dict[str, Any]:
     network = report["network"]
     return {
         "title": network.get("name") or "network",
-        "headline": _capital(report.get("headline") or words.headline(report["targets"][0])),
+        "headline": capital(report.get("headline") or words.headline(report["targets"][0])),
         "warnings": [
             {"text": text, "tone": _BAD if text.startswith("Regression") else "warn"}
             for text in report.get("warnings") or ()
@@ -76,8 +77,8 @@ def _target(target: Values) -> Row:
         "setting": words.setting(result),
         "columns": [{"label": label, "setting": words.setting(m)} for label, m in columns if m is not None],
         "rows": rows,
-        "charts": _charts(target, several) if baseline else [],
-        "interval": _interval_chart(columns),
+        "charts": bars(target, several) if baseline else [],
+        "interval": intervals(columns),
         "note": _note(target, several),
         "executed": _executed(target.get("executed") or {}),
     }
@@ -96,7 +97,7 @@ def _rows(target: Values, columns: Sequence[Values]) -> list[Row]:
         text, tone, why = _metric_change(change.get("metric"), metric)
         rows.append(
             {
-                "label": _capital(words.name_of(metric)),
+                "label": capital(words.name_of(metric)),
                 "help": f"{direction}; {metric['n']:,} samples; below: 95 % interval",
                 "cells": cells,
                 "change": text,
@@ -193,61 +194,6 @@ def _tone(ratio: float | None) -> str:
     if ratio is None or abs(ratio - 1) <= words.SAME:
         return _SAME
     return _GOOD if ratio < 1 else _BAD
-
-
-def _charts(target: Values, several: bool) -> list[Row]:
-    named = [("baseline", target["baseline"])]
-    if several:
-        named.append(("best uncompressed", target["best_uncompressed"]))
-    named.append(("result", target["result"]))
-    picked: list[tuple[str, str, Callable[[Values], Any], Callable[[Any], str]]] = [
-        ("Size on the wire", "shorter is better", lambda m: m.get("wire_bytes"), words.size),
-        ("Latency, typical", "shorter is better", lambda m: (m.get("latency_ms") or {}).get("p50"), words.milliseconds),
-        ("Throughput", "longer is better", lambda m: m.get("throughput_per_s"), lambda v: words.amount(v, "/s")),
-        ("Peak memory", "shorter is better", lambda m: m.get("peak_memory_bytes"), words.size),
-        ("Multiply-adds", "shorter is better", lambda m: m.get("macs"), words.amount),
-    ]
-    charts = []
-    for label, direction, read, show in picked:
-        values = [(name, read(m)) for name, m in named]
-        longest = max((value for _, value in values if value), default=0)
-        if not longest or any(value is None for _, value in values):
-            continue
-        bars = [
-            {"name": name, "text": show(value), "width": round(100 * value / longest, 2), "is_result": name == "result"}
-            for name, value in values
-        ]
-        charts.append({"label": label, "direction": direction, "bars": bars})
-    return charts
-
-
-def _interval_chart(columns: Sequence[tuple[str, Values | None]]) -> Row | None:
-    """The metric and its intervals on one axis; None without intervals."""
-    found = [(label, m["metric"]) for label, m in columns if m and m.get("metric")]
-    found = [(label, metric) for label, metric in found if None not in (metric.get("ci95") or [None])]
-    if len(found) < 2:
-        return None
-    low = min(metric["ci95"][0] for _, metric in found)
-    high = max(metric["ci95"][1] for _, metric in found)
-    pad = 0.08 * (high - low) or abs(high) * 0.01 or 1.0
-    low, high = low - pad, high + pad
-
-    def at(value: float) -> float:
-        return round(float(100 * (value - low) / (high - low)), 2)
-
-    marks = [
-        {
-            "name": label,
-            "text": words.metric_value(metric),
-            "left": at(metric["ci95"][0]),
-            "width": round(at(metric["ci95"][1]) - at(metric["ci95"][0]), 2),
-            "dot": at(metric["value"]),
-            "is_result": label == "result",
-        }
-        for label, metric in found
-    ]
-    direction = "right is better" if found[0][1].get("higher_is_better", True) else "left is better"
-    return {"label": _capital(words.name_of(found[0][1])), "direction": direction, "marks": marks}
 
 
 def _note(target: Values, several: bool) -> str:
@@ -389,10 +335,6 @@ def _facts(report: Values) -> list[tuple[str, str]]:
         ("Network", f"SHA-256 {report['network']['digest'][:16]}…" if report["network"].get("digest") else None),
     ]
     return [(name, str(value)) for name, value in pairs if value not in (None, "")]
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 _GLOSSARY = (
