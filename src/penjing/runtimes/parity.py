@@ -3,8 +3,8 @@
 Tolerances. A float file is held to the largest difference relative to the largest output value: other orders of
 summation make about 1e-6 a layer. A file with integer activations cannot be held to that: a value near the border of
 two steps of a grid may fall to either side, and runtimes that fuse layers skip a rounding here and there. What such
-half steps make of the outputs is measured, not guessed: the network is run once more with uniform noise of half a step of
-either sign on everything that is rounded. A faithful runtime stays below the change seen there.
+half steps make of the outputs is measured, not guessed: the network is run once more with uniform noise of half a step
+of either sign on everything that is rounded. A faithful runtime stays below the change seen there.
 
 Where it departs. If the outputs are too far apart, the inner values of both are compared in the order of the graph and
 the first that departs names the layer.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from penjing.errors import ParityError, PenjingError
+from penjing.network.graph import QUANTIZE
 from penjing.runtimes import trace
 
 if TYPE_CHECKING:
@@ -34,12 +35,6 @@ FLOAT_TOLERANCE = 5e-4
 #: Smallest tolerance of a file with integer activations (relative RMS), and the largest that still means anything.
 GRID_TOLERANCE = (0.01, 0.5)
 _SAMPLES = 32
-
-_QUANTIZE = {
-    torch.ops.quantized_decomposed.quantize_per_tensor.default,
-    torch.ops.quantized_decomposed.quantize_per_tensor.tensor,
-    torch.ops.quantized_decomposed.quantize_per_tensor.tensor2,
-}
 
 
 class Verifiable(Protocol):
@@ -160,7 +155,7 @@ def _batches(network: Network, samples: Any) -> list[Any]:
 def _tolerance(
     network: Network, batches: Sequence[dict[str, Tensor]], expected: Sequence[Sequence[Array]]
 ) -> tuple[str, float]:
-    if not any(node.target in _QUANTIZE for node in network.graph_module.graph.nodes):
+    if not any(node.target in QUANTIZE for node in network.graph_module.graph.nodes):
         return "max_rel", FLOAT_TOLERANCE
     with torch.no_grad():
         noisy = [[_array(t) for t in _Noisy(network.graph_module).run(*b.values())] for b in batches]
@@ -177,7 +172,7 @@ class _Noisy(fx.Interpreter):
         self._generator = torch.Generator().manual_seed(0)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in _QUANTIZE:
+        if target in QUANTIZE:
             value, scale, *rest = args
             noise = torch.rand(value.shape, generator=self._generator, dtype=value.dtype) - 0.5
             args = (value + noise * float(scale), scale, *rest)
