@@ -90,8 +90,8 @@ def test_every_runtime_gives_the_networks_own_outputs(
     _, result, inputs = compressed
     engine = RUNTIMES.get(runtime)
     path = tmp_path / f"net{engine.suffix}"
-    artifact = engine.export(result.network, path, samples=[inputs])
-    assert artifact.parity.max_abs <= artifact.parity.tolerance or artifact.parity.max_rel <= artifact.parity.tolerance
+    artifact = engine.export(result.network, path, samples=inputs)
+    assert getattr(artifact.parity, artifact.parity.measure) <= artifact.parity.tolerance < 0.2
     assert path.stat().st_size == artifact.bytes
     session = engine.load(path, pj.Target(runtime=runtime, threads=1))
     one = {n: t[:1].numpy() for n, t in result.network.bind(inputs).items()}
@@ -117,5 +117,5 @@ def test_data_of_the_wrong_shape_stops_before_any_work() -> None:
     network = pj.capture(nn.Linear(4, 2), (torch.rand(2, 4),))
     with pytest.raises(DataError, match="must have the shape N×4, got"):
         pj.compress(network, pj.Recipe(pj.Quantize()), data=[(torch.rand(2, 5), torch.zeros(2))])
-    with pytest.raises(DataError, match=r"step 1: Quantize needs samples"):
+    with pytest.raises(DataError, match=r"Quantize needs samples"):
         pj.compress(network, pj.Recipe(pj.Quantize()))

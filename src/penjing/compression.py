@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from penjing.data import Data
-from penjing.errors import DataError, InputError, PenjingError
+from penjing.errors import InputError, PenjingError
 from penjing.network import Network
 from penjing.network.footprint import footprint
 from penjing.progress import SILENT, Progress
-from penjing.recipe import Context, Plan, Recipe
+from penjing.recipe import Context, Plan, Recipe, Step
 from penjing.task import Task, get_task
 
 #: Samples that the metric before and after each step is taken on; the final figures of a report come from all of them.
@@ -57,12 +59,12 @@ def compress(
     known = get_task(task)
     samples = None if data is None else Data(data)
     held_out = None if test is None else Data(test)
+    context = Context(original=network, data=samples, task=known, seed=seed, progress=progress)
     for number, step in enumerate(recipe, 1):
-        if step.needs_data and samples is None:
-            raise DataError(f"step {number}: {step.name} needs samples and no data was given")
+        with _naming(number, step):
+            step.check(context)
     if samples is not None:
         network.bind(samples.first(1))
-    context = Context(original=network, data=samples, task=known, seed=seed, progress=progress)
     current = network.replace(task=known.name) if known else network
     plans: list[Plan] = []
     rows: list[dict[str, Any]] = []
@@ -70,11 +72,9 @@ def compress(
     for number, step in enumerate(recipe, 1):
         torch.manual_seed(seed)
         started = time.perf_counter()
-        try:
+        with _naming(number, step):
             plan = step.plan(current, context)
             current = current.apply(plan.edits)
-        except PenjingError as error:
-            raise type(error)(f"step {number} ({step.name}): {error.message}", hint=error.hint) from error
         seconds = time.perf_counter() - started
         current = current.record({"event": "step", "name": step.name, "settings": step.settings(), "seed": seed})
         after = _look(current, held_out, known, progress)
@@ -84,6 +84,15 @@ def compress(
         )
         before = after
     return Result(network=current, original=network, recipe=recipe, plans=tuple(plans), steps=tuple(rows), seed=seed)
+
+
+@contextlib.contextmanager
+def _naming(number: int, step: Step) -> Iterator[None]:
+    """Adds the step's number to what goes wrong in it."""
+    try:
+        yield
+    except PenjingError as error:
+        raise type(error)(f"step {number} ({step.name}): {error.message}", hint=error.hint) from error
 
 
 def _look(network: Network, test: Data | None, task: Task | None, progress: Progress) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ class Step(ABC):
 
     where: str | list[str] = "*"
 
-    #: Whether the planner needs samples, for a sentence at the right moment.
-    needs_data: ClassVar[bool] = False
+    def check(self, context: Context) -> None:  # noqa: B027  most Steps need nothing
+        """Raises DataError or RecipeError if `context` lacks what this Step needs; called for all Steps before any work."""
 
     @abstractmethod
     def plan(self, network: Network, context: Context) -> Plan:

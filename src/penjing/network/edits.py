@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -30,7 +30,7 @@ class RemoveChannels:
     parameter: str
     dim: int
     indices: tuple[int, ...]
-    heads: str = "heads"
+    heads: Literal["heads", "dims"] = "heads"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -214,7 +214,7 @@ def _quantize_parameter(
     if edit.axis is None:
         scale, zero = scale.reshape(()), zero.reshape(())
         integers = decomposed.quantize_per_tensor.default(value, float(scale), int(zero), *limits, dtype)
-        call, extra = decomposed.dequantize_per_tensor.tensor, ()
+        call, extra = decomposed.dequantize_per_tensor.tensor, tuple[int, ...]()
     else:
         zero = zero.expand(scale.shape).contiguous()
         integers = decomposed.quantize_per_channel.default(value, scale, zero, edit.axis, *limits, dtype)
@@ -236,8 +236,8 @@ def _quantize_activation(graph: fx.Graph, node: fx.Node, edit: QuantizeTensor, d
     chosen = [u for u in node.users if edit.users is None or u.name in edit.users]
     if not chosen:
         raise EditError(f"nothing uses '{edit.tensor}' as the edit wants: {', '.join(edit.users or ()) or 'no users at all'}")
-    last_input = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")][-1] if node.op == "placeholder" else node
-    with graph.inserting_after(last_input):
+    place = [n for n in graph.nodes if n.op == "placeholder"][-1] if node.op == "placeholder" else node
+    with graph.inserting_after(place):
         integers = graph.call_function(decomposed.quantize_per_tensor.default, (node, *grid))
     with graph.inserting_after(integers):
         real = graph.call_function(decomposed.dequantize_per_tensor.default, (integers, *grid))

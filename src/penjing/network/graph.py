@@ -21,6 +21,21 @@ from torch.utils import _pytree as pytree
 from penjing.errors import EditError
 
 aten = torch.ops.aten
+decomposed = torch.ops.quantized_decomposed
+
+#: The operators that put a value on an integer grid and take it back.
+QUANTIZE = {
+    decomposed.quantize_per_tensor.default,
+    decomposed.quantize_per_tensor.tensor,
+    decomposed.quantize_per_tensor.tensor2,
+    decomposed.quantize_per_channel.default,
+}
+DEQUANTIZE = {
+    decomposed.dequantize_per_tensor.default,
+    decomposed.dequantize_per_tensor.tensor,
+    decomposed.dequantize_per_tensor.tensor2,
+    decomposed.dequantize_per_channel.default,
+}
 
 #: Position of the argument that says whether an operator trains.
 TRAINING_ARGUMENT: dict[Any, int] = {

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -90,6 +90,11 @@ class Network:
         """Whether any number of samples can be run at once."""
         return any("batch" in i.dynamic.values() for i in self.inputs)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether anything is on an integer grid."""
+        return any(n.target in flat.DEQUANTIZE for n in self.graph_module.graph.nodes)
+
     def parameter_count(self) -> int:
         """The number of weights: trainable ones and those stored as integers, not statistics, scales or constants."""
         return sum(t.numel() for n, t in self._tensors.items() if self.is_weight(n))
@@ -99,7 +104,7 @@ class Network:
         held = self._tensors[name]
         return isinstance(held, torch.nn.Parameter) or (f"{name}_scale" in self._tensors)
 
-    def groups(self, *, heads: str = "heads") -> Groups:
+    def groups(self, *, heads: Literal["heads", "dims"] = "heads") -> Groups:
         """The channel groups: what must be removed together (docs/tour.md)."""
         cache: dict[str, Groups] = self.__dict__.setdefault("_groups", {})
         if heads not in cache:
@@ -132,7 +137,10 @@ class Network:
         """
         bound = self._match(inputs)
         for spec in self.inputs:
-            value = torch.as_tensor(bound[spec.name])
+            given = bound[spec.name]
+            if not isinstance(given, Tensor | np.ndarray):
+                raise DataError(f"input '{spec.name}' of {self.name} must be a tensor or an array, got {type(given).__name__}")
+            value = torch.as_tensor(given)
             fits = value.ndim == len(spec.shape) and all(
                 d in spec.dynamic or s == value.shape[d] for d, s in enumerate(spec.shape)
             )
