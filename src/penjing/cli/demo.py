@@ -38,14 +38,15 @@ def demo(
     targets = installed_targets(("onnxruntime", "openvino"))
     train, test = digits("train"), digits("test")
     torch.manual_seed(seed)
+    torch.set_num_threads(1)  # so small a network only waits for a second thread, long on a busy machine
     raw = pj.capture(DigitsNet(), inputs=(train.tensors[0][:2],), name="digits")
-    teach = pj.Recipe(pj.Finetune(epochs=15, lr=0.1))
+    teach = pj.Recipe(pj.Finetune(epochs=8, lr=0.1))
     _tell(screen, start, f"1. training the network on {len(train)} digits ({len(test)} are held out to measure on)")
     original = pj.compress(raw, teach, data=train, task="classification", seed=seed, progress=screen).network
 
     recipe = pj.Recipe(
         pj.PruneChannels(ratio=0.5),
-        pj.Finetune(epochs=10, lr=0.05, teacher="original"),
+        pj.Finetune(epochs=6, lr=0.05, teacher="original"),
         pj.Quantize(weights="int8", activations="int8"),
     )
     _tell(

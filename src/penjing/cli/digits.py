@@ -22,7 +22,7 @@ class Block(nn.Module):
 class DigitsNet(nn.Module):
     """A small residual network: (N, 1, 8, 8) pixels in 0..1 to (N, 10) logits."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.block1 = Block(width)
