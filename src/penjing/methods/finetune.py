@@ -173,7 +173,7 @@ class Finetune(Step):
             if not old.is_floating_point() or not matches(self.where, name) or torch.equal(new, old):
                 continue
             edits.append(SetWeights(parameter=name, value=new.clone()))
-            moved = float((new - old).norm() / old.detach().norm().clamp_min(1e-12))
+            moved = float((new - old.detach()).norm() / old.detach().norm().clamp_min(1e-12))
             reasons.append(Reason(layer=name, score=moved, choice="trained", why="relative change"))
         losses = ", ".join(f"{value:.4g}" for value in trained.losses)
         return Plan(

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from penjing.errors import DataError, RecipeError
+from penjing.training import Batch, Diverged, Training, augment, call, train
+
+X = torch.randn(96, 6, generator=torch.Generator().manual_seed(3))
+Y = X @ torch.randn(6, 2, generator=torch.Generator().manual_seed(4))
+
+
+def batches(epoch: int) -> Iterator[Batch]:
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(epoch))
+    for chosen in order.split(16):
+        yield X[chosen], Y[chosen]
+
+
+def squared(module: nn.Module, batch: Batch) -> torch.Tensor:
+    return (call(module, batch[0]) - batch[1]).square().mean()
+
+
+def model() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_loss_falls_and_the_module_ends_in_eval(optimizer: str) -> None:
+    module = model()
+    done = train(module, batches, squared, Training(epochs=20, lr=0.02, optimizer=optimizer), steps_per_epoch=6)
+    assert done.steps == 120 and len(done.losses) == 10
+    assert done.losses[-1] < 0.5 * done.losses[0]
+    assert not module.training and all(p.grad is None for p in module.parameters())
+
+
+def test_epochs_may_be_a_fraction() -> None:
+    assert train(model(), batches, squared, Training(epochs=1.5), steps_per_epoch=6).steps == 9
+    assert train(model(), batches, squared, Training(epochs=0.01), steps_per_epoch=6).steps == 1
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_callers_random_numbers() -> None:
+    found = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        module = model()
+        torch.manual_seed(noise)
+        expected = torch.rand(3)
+        torch.manual_seed(noise)
+        train(module, batches, squared, Training(epochs=2, seed=5), steps_per_epoch=6)
+        assert torch.equal(torch.rand(3), expected)
+        found.append(module.state_dict())
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+
+
+def test_masked_weights_stay_zero_and_frozen_ones_stay() -> None:
+    module = model()
+    mask = torch.rand(16, 6) > 0.5
+    with torch.no_grad():
+        module.get_parameter("0.weight").mul_(mask)
+    frozen = module.get_parameter("3.weight").detach().clone()
+    train(
+        module,
+        batches,
+        squared,
+        Training(epochs=2),
+        steps_per_epoch=6,
+        keep={"0.weight": mask},
+        frozen=lambda name: name == "3.weight",
+    )
+    weight = module.get_parameter("0.weight")
+    assert (weight[~mask] == 0).all() and (weight[mask] != 0).all()
+    assert torch.equal(module.get_parameter("3.weight"), frozen)
+
+
+def test_a_loss_that_is_no_number_stops_with_a_sentence() -> None:
+    with pytest.raises(Diverged, match="training diverged: the loss was nan at step 1 of 12") as caught:
+        train(model(), batches, lambda m, b: squared(m, b) * float("nan"), Training(epochs=2), steps_per_epoch=6)
+    assert "learning rate" in (caught.value.hint or "")
+
+
+def test_nothing_to_train_and_nothing_to_train_on() -> None:
+    with pytest.raises(RecipeError, match="nothing to train"):
+        train(model(), batches, squared, Training(), steps_per_epoch=6, frozen=lambda name: True)
+    with pytest.raises(DataError, match="no batch"):
+        train(model(), lambda epoch: iter(()), squared, Training(), steps_per_epoch=6)
+
+
+def test_flips_and_crops_are_those_of_the_image() -> None:
+    image = torch.arange(1.0, 65.0).view(1, 1, 8, 8).expand(64, 1, 8, 8)
+    varied = augment(image, "flip-crop", torch.Generator().manual_seed(0))
+    assert varied.shape == image.shape
+    padded = nn.functional.pad(image[:1], (1, 1, 1, 1))
+    possible = {
+        tuple(p[0, 0, i : i + 8, j : j + 8].flatten().tolist())
+        for p in (padded, padded.flip(3))
+        for i in range(3)
+        for j in range(3)
+    }
+    seen = {tuple(v.flatten().tolist()) for v in varied}
+    assert seen <= possible and len(seen) > 9
+    with pytest.raises(DataError, match="flip-crop"):
+        augment(torch.rand(4, 3), "flip-crop", torch.Generator())
