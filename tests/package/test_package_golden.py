@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from penjing.package import decode, encode, inspect
+from penjing.package import archive, decode, encode, inspect
 
 FILE = Path(__file__).parent / "golden" / "tiny.penjing"
 ZSTD = (1, 5, 7)  # the release whose frames are in the file
@@ -23,6 +23,11 @@ def contents():
         "conv.weight": rows.reshape(384, 3, 3, 3).astype(np.int8),
         "conv.weight_scale": ((noise[40_000:40_768] * 256 + noise[41_000:41_768] + 999) / 2**22).astype(np.float32),
         "conv.weight_zero_point": np.zeros(192, dtype=np.int64),
+        "fc.weight": np.where(noise[:20_000] < 220, 0, bell.repeat(2) // 8)
+        .reshape(40, 500)
+        .clip(-127, 127)
+        .astype(np.int8),
+        "wide": (bell // 3).clip(-128, 127).reshape(10, 1000).astype(np.int8),
         "table": (np.arange(700) ** 2 % 251 % 19).astype(np.uint8).reshape(7, 100),
         "half": (np.arange(60, dtype=np.float32) / 8).astype(np.float16),
         "mask": np.arange(20) % 3 == 0,
@@ -40,7 +45,10 @@ def test_the_golden_package_is_read(equal):
 
 def test_the_golden_package_uses_every_codec_of_note():
     inside = inspect(FILE)
-    assert {row.codec for row in inside.tensors} >= {"grids", "planes"} and inside.models >= 2
+    assert {row.codec for row in inside.tensors} >= {"grids", "planes"}
+    _, index, _ = archive.open_bytes(FILE.read_bytes())
+    assert {model.apart for model in index.models} == {True, False}
+    assert len({model.low_bits for model in index.models}) > 1 and len({m.precision for m in index.models}) > 1
     digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
     assert digest == (FILE.parent / "tiny.sha256").read_text().strip()
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_CANDIDATES = (12, 8, 5, 3, 2, 1)
-_MODEL_BITS = 500.0  # what a model costs to send, about
+_MOST = 12
+_MODEL_BITS = 2.2  # what a model costs to send for each value that occurs, about
 _ROUNDS = 8
 _STEP = 4096.0  # costs are multiples of 1/4096 bit, so that sums are exact and every machine groups alike
 
@@ -46,24 +46,46 @@ def fit(histograms: Floats, *, share: float) -> Clusters:
 
     histograms: (rows, 256) counts of byte values; share: the part of the network's symbols that these rows are.
     """
-    best: tuple[float, Clusters] | None = None
+    if not len(histograms):
+        return Clusters(bits=np.full((1, 256), 8.0), prior=np.zeros(1))
     size = np.maximum(histograms.sum(axis=1), 1)
     order = np.argsort(_entropies(histograms, size), kind="stable")
-    for number in _CANDIDATES:
-        if number > len(histograms):
-            continue
-        cost, clusters = _lloyd(histograms, _shares(size, order, number))
-        cost = cost / share + number * _MODEL_BITS
-        if best is None or cost < best[0]:
-            best = cost, clusters
-        elif number == 8:
-            break  # a large network: fewer models would only lose more
-    if best is None:
-        return Clusters(bits=np.full((1, 256), 8.0), prior=np.zeros(1))
-    return best[1]
+    labels = _lloyd(histograms, _shares(size, order, min(_MOST, len(histograms))))
+    rows = np.bincount(labels)
+    used = np.flatnonzero(rows)
+    counts = (labels == used[:, None]).astype(np.float64) @ histograms
+    return centres(*_merged(counts, rows[used], share))
 
 
-def _lloyd(histograms: Floats, labels: NDArray[np.intp]) -> tuple[float, Clusters]:
+def _merged(counts: Floats, rows: NDArray[np.intp], share: float) -> tuple[Floats, NDArray[np.intp]]:
+    """Puts together, pair by pair, the models that differ by less than one of them and its name cost to send."""
+    model_bits = share * (50 + _MODEL_BITS * np.count_nonzero(counts.sum(axis=0)))
+    while len(counts) > 1:
+        own, named = _information(counts), rows * np.log2(rows)
+        first, second = np.triu_indices(len(counts), 1)
+        both = rows[first] + rows[second]
+        loss = _information(counts[first] + counts[second]) - own[first] - own[second]
+        # Half of the names: a tensor whose rows all agree needs none.
+        loss -= (both * np.log2(both) - named[first] - named[second]) / 2
+        loss = np.rint(loss * _STEP) / _STEP
+        best = int(loss.argmin())
+        if loss[best] >= model_bits:
+            break
+        a, b = first[best], second[best]
+        counts[a] += counts[b]
+        rows[a] += rows[b]
+        counts, rows = np.delete(counts, b, axis=0), np.delete(rows, b)
+    return counts, rows
+
+
+def _information(counts: Floats) -> Floats:
+    """Bits that symbols with these counts take under their own histogram."""
+    total = counts.sum(axis=1)
+    logs = np.log2(counts, where=counts > 0, out=np.zeros_like(counts))
+    return np.asarray(total * np.log2(np.maximum(total, 1)) - (counts * logs).sum(axis=1))
+
+
+def _lloyd(histograms: Floats, labels: NDArray[np.intp]) -> NDArray[np.intp]:
     previous = np.inf
     for _ in range(_ROUNDS):
         clusters = _centres(histograms, labels)
@@ -73,13 +95,11 @@ def _lloyd(histograms: Floats, labels: NDArray[np.intp]) -> tuple[float, Cluster
         if total >= previous * (1 - 1e-4):
             break
         previous = total
-    return total, clusters
+    return labels
 
 
 def _entropies(histograms: Floats, size: Floats) -> Floats:
-    p = histograms / size[:, None]
-    bits = np.log2(p, where=p > 0, out=np.zeros_like(p))
-    return np.asarray(np.rint(-(p * bits).sum(axis=1) * _STEP))
+    return np.asarray(np.rint(_information(histograms) / size * _STEP))
 
 
 def _shares(size: Floats, order: NDArray[np.intp], number: int) -> NDArray[np.intp]:

@@ -116,7 +116,7 @@ def encode(grids: Sequence[Grid], assigned: Sequence[Assignment], models: Sequen
     encoder = Encoder()
     for k in range(len(models) - 1, -1, -1):
         model = models[k]
-        encoder.push((streams[k] >> model.low_bits) - np.uint8(model.start), model.weights)
+        model.push(encoder, (streams[k] >> model.low_bits) - np.uint8(model.start))
     kinds, weights = (
         bytes(int(a.models[0]) if a.single and len(a.models) else 0 if a.single else _BY_UNIT for a in assigned),
         b"",
@@ -135,13 +135,17 @@ def encode(grids: Sequence[Grid], assigned: Sequence[Assignment], models: Sequen
 
 def _rows(names: NDArray[np.uint8]) -> list[tuple[int, NDArray[np.intp] | None]]:
     """The models that a block's units use, each with its rows (None: all)."""
-    if not len(names):
-        return []
-    if (names == names[0]).all():
-        return [(int(names[0]), None)]
+    counts = np.bincount(names).tolist()
+    if len(names) in counts:
+        return [(counts.index(len(names)), None)]
     order = np.argsort(names, kind="stable")
-    used, starts = np.unique(names[order], return_index=True)
-    return list(zip(used.tolist(), np.split(order, starts[1:]), strict=True))
+    out: list[tuple[int, NDArray[np.intp] | None]] = []
+    at = 0
+    for k, count in enumerate(counts):
+        if count:
+            out.append((k, order[at : at + count]))
+            at += count
+    return out
 
 
 def _gather(grids: Sequence[Grid], assigned: Sequence[Assignment], number: int) -> list[Bytes]:
@@ -225,7 +229,7 @@ def _stream(decoder: Decoder, low: memoryview, count: int, model: Model) -> Byte
     size = low_size(count, model.low_bits)
     if len(low) < size:
         raise _damaged()
-    stream = decoder.pop(count, model.weights).astype(np.uint8)
+    stream = model.pop(decoder, count)
     stream += np.uint8(model.start)
     if model.low_bits:
         stream <<= np.uint8(model.low_bits)

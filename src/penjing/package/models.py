@@ -37,26 +37,49 @@ _WIDTHS = (0, 1, 2, 4, 8, 16)  # smoothing windows that the search tries, in sym
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Frequencies of the values `start << low_bits` and up; `codes` are the small floats (0: does not occur)."""
+    """Frequencies of the values `start << low_bits` and up; `codes` are the small floats (0: does not occur).
+
+    apart: whether a symbol is the most frequent one or not is coded first, in one bit's worth of work; in sparse
+    grids most symbols then need no search in the table.
+    """
 
     low_bits: int
     start: int
     precision: int
     codes: tuple[int, ...]
+    apart: bool = False
 
     @property
     def weights(self) -> NDArray[np.int64]:
         """Relative frequencies of the coded symbols, as integers."""
         return small_floats(np.array(self.codes, dtype=np.int64), self.precision)
 
-    def bits(self) -> Floats:
-        """What each of the 256 byte values costs under this model, in bits."""
-        weights = np.maximum(self.weights.astype(np.float64), 2.0**-24)
-        cost = np.full(256 >> self.low_bits, 24.0)
-        cost[self.start : self.start + len(weights)] = np.log2(weights.sum()) - np.log2(weights)
-        if len(weights) == 1:
-            cost[self.start] = 0.0
-        return np.repeat(np.minimum(cost, 24.0) + self.low_bits, 1 << self.low_bits)
+    def push(self, encoder: Encoder, symbols: NDArray[Any]) -> None:
+        """Adds symbols (counted from `start`), to be popped by one `pop`."""
+        if not self.apart:
+            encoder.push(symbols, self.weights)
+            return
+        peak, rest, flags = self._split()
+        others = symbols[symbols != peak]
+        encoder.push(others - (others > peak), rest)
+        encoder.push(symbols == peak, flags)
+
+    def pop(self, decoder: Decoder, count: int) -> Bytes:
+        """The next `count` symbols."""
+        if not self.apart:
+            return decoder.pop(count, self.weights).astype(np.uint8)
+        peak, rest, flags = self._split()
+        others = np.flatnonzero(decoder.pop(count, flags) == 0)
+        found = decoder.pop(len(others), rest).astype(np.uint8)
+        symbols = np.full(count, peak, dtype=np.uint8)
+        symbols[others] = found + (found >= peak)
+        return symbols
+
+    def _split(self) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+        weights = self.weights
+        peak = int(weights.argmax())
+        rest = np.delete(weights, peak)
+        return peak, rest, np.array([rest.sum(), weights[peak]])
 
     def entropy(self) -> float:
         """Bits per symbol that data following this model takes."""
@@ -209,7 +232,10 @@ def best_model(counts: NDArray[np.int64], *, slack: float = 0.0) -> Model:
         allowed = min(size for size, _ in candidates) * (1 + slack)
         if candidates[-1][0] > 1.01 * allowed:
             break
-    return max((c for c in candidates if c[0] <= allowed), key=lambda c: (c[1].low_bits, -c[0]))[1]
+    model = max((c for c in candidates if c[0] <= allowed), key=lambda c: (c[1].low_bits, -c[0]))[1]
+    weights = model.weights
+    apart = len(weights) > 4 and 2 * int(weights.max()) > int(weights.sum())
+    return dataclasses.replace(model, apart=apart)
 
 
 def _best_of(counts: NDArray[np.int64], low_bits: int) -> tuple[float, Model]:
@@ -267,7 +293,7 @@ def pack_models(models: Sequence[Model]) -> bytes:
         encoder.push(np.diff(codes) + _LIMIT, _difference_weights(spread))
     for model in models:
         spread, _ = _cheapest_spread(np.array(model.codes, dtype=np.int64))
-        kind = model.low_bits | model.precision << 3
+        kind = model.low_bits | model.precision << 3 | model.apart << 5
         heads.append(bytes([kind, model.start, len(model.codes) - 1, spread, model.codes[0]]))
     return b"".join(heads) + encoder.words()
 
@@ -283,13 +309,23 @@ def unpack_models(data: bytes | memoryview) -> tuple[Model, ...]:
     models = []
     for i in range(number):
         kind, start, last, spread, first = data[1 + _HEAD * i : 1 + _HEAD * (i + 1)]
-        low_bits, precision = kind & 7, kind >> 3
-        if precision > MAX_PRECISION or start + last >= 256 >> low_bits or not 1 <= spread < 32:
+        low_bits, precision, apart = kind & 7, kind >> 3 & 3, kind >> 5
+        if apart > 1 or start + last >= 256 >> low_bits or not 1 <= spread < 32:
             raise _damaged("the table of symbol models")
         steps = decoder.pop(last, _difference_weights(spread)).astype(np.int64) - _LIMIT
         codes = first + np.concatenate([[0], np.cumsum(steps)])
         if codes.min() < 0 or codes.max() > (MAX_EXPONENT + 1) << precision or codes.max() == 0:
             raise _damaged("the table of symbol models")
-        models.append(Model(low_bits=low_bits, start=start, precision=precision, codes=tuple(int(c) for c in codes)))
+        if apart and np.count_nonzero(codes) < 2:
+            raise _damaged("the table of symbol models")
+        models.append(
+            Model(
+                low_bits=low_bits,
+                start=start,
+                precision=precision,
+                codes=tuple(int(c) for c in codes),
+                apart=bool(apart),
+            )
+        )
     decoder.finish()
     return tuple(models)
