@@ -6,6 +6,7 @@ what differs between runtimes (types of grids) is chosen by a Dialect.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,37 @@ OPSET = 21
 _LIMIT = 2**31 - 2**20  # bytes of one protobuf message
 
 
-def translate(network: Network, *, optimize: bool = False) -> torch.onnx.ONNXProgram:
-    """The network as torch's exporter writes it. Raises ExportError naming the operator that has no translation."""
+def write(network: Network, path: Path, dialect: Dialect) -> None:
+    """Writes the network as one .onnx file in a runtime's dialect."""
+    import onnx
+    import onnx_ir as ir
+
+    plain, _ = _translated(network)
+    model = ir.from_proto(onnx.load_model_from_string(plain))
+    onnx_passes.run(model, dialect)
+    _name_dimensions(model, network)
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def decomposed(network: Network) -> torch.export.ExportedProgram:
+    """The program as the exporter translates it; its node names are the names of the file's values."""
+    return _translated(network)[1]
+
+
+_Translation = tuple[bytes, torch.export.ExportedProgram]
+#: The network translated last: exporting it for a second runtime need not wait again.
+_LAST: weakref.WeakKeyDictionary[Network, _Translation] = weakref.WeakKeyDictionary()
+_REMEMBERED = 2**28  # bytes; larger ones are translated again
+
+
+def _translated(network: Network) -> _Translation:
+    """The network as torch's exporter writes it: an ONNX model before any dialect, and the program it was made of.
+
+    Raises ExportError naming what has no translation, or for a network too large for one file.
+    """
+    held = _LAST.get(network)
+    if held is not None:
+        return held
     traced = program(network)
     try:
         with quiet():
@@ -34,7 +64,7 @@ def translate(network: Network, *, optimize: bool = False) -> torch.onnx.ONNXPro
                 traced,
                 dynamo=True,
                 verbose=False,
-                optimize=optimize,
+                optimize=True,
                 opset_version=OPSET,
                 input_names=[i.name for i in network.inputs],
                 output_names=list(network.output_names),
@@ -44,32 +74,19 @@ def translate(network: Network, *, optimize: bool = False) -> torch.onnx.ONNXPro
             f"{network.name} cannot be written as ONNX: {_reason(error)}",
             hint="the runtime 'torch' runs every captured network",
         ) from error
-    if made is None:
+    if made is None or made.exported_program is None:
         raise ExportError(f"{network.name} cannot be written as ONNX: torch's exporter gave nothing back")
-    return made
-
-
-def decomposed(network: Network) -> torch.export.ExportedProgram:
-    """The program as the exporter translates it; its node names are the names of the file's values."""
-    made = translate(network).exported_program
-    if made is None:
-        raise ExportError(f"{network.name} cannot be written as ONNX: torch's exporter kept no program")
-    return made
-
-
-def write(network: Network, path: Path, dialect: Dialect) -> None:
-    """Writes the network as one .onnx file in a runtime's dialect."""
-    import onnx_ir as ir
-
-    model = translate(network, optimize=True).model
-    onnx_passes.run(model, dialect)
-    _name_dimensions(model, network)
-    if sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None) > _LIMIT:
+    size = sum(v.const_value.nbytes for v in made.model.graph.initializers.values() if v.const_value is not None)
+    if size > _LIMIT:
         raise ExportError(
             f"{network.name} is larger than the 2 GB that one .onnx file can hold",
             hint="quantize its weights first, or export it for the runtime 'torch'",
         )
-    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    result = made.model_proto.SerializeToString(), made.exported_program
+    _LAST.clear()
+    if size < _REMEMBERED:
+        _LAST[network] = result
+    return result
 
 
 def read(path: Path) -> Any:

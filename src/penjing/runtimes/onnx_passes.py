@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from penjing.runtimes.onnx_views import carry_grids, constant
+
 Array = np.ndarray[Any, Any]
 
 _PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
@@ -24,11 +26,13 @@ class Dialect:
     `unsigned_activations`: int8 grids of activations become uint8.
     `unsigned_weights(codes, axis, depthwise) -> bool`: whether these int8 weights become uint8 (zero point 128).
     `integer_bias`: the bias of an integer Gemm becomes int32 on the grid of its products (ONNX Runtime needs that).
+    `carried_grids`: what only moves values gets its inputs' grid behind it as well (ONNX Runtime needs that).
     """
 
     unsigned_activations: bool
     unsigned_weights: Callable[[Array, int | None, bool], bool]
     integer_bias: bool
+    carried_grids: bool
 
 
 def run(model: Any, dialect: Dialect) -> None:
@@ -44,6 +48,8 @@ def run(model: Any, dialect: Dialect) -> None:
     _weights(graph, dialect)
     if dialect.integer_bias:
         _bias_to_integers(graph)
+    if dialect.carried_grids:
+        carry_grids(graph)
     _sweep(model)
 
 
@@ -63,18 +69,6 @@ def may_saturate(codes: Array, axis: int | None) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
-def _constant(value: Any) -> Array | None:
-    """A value's number if it is a constant of the graph."""
-    if value is None:
-        return None
-    if value.const_value is not None:
-        return np.asarray(value.const_value.numpy())
-    node = value.producer()
-    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
-        return np.asarray(node.attributes["value"].value.numpy())
-    return None
-
-
 def _keep(graph: Any, name: str, array: Array) -> Any:
     """A new initializer; an equal one of that name is used again."""
     import onnx_ir as ir
@@ -140,7 +134,7 @@ def _fold_rows(graph: Any) -> None:
     for node in list(graph):
         if node.op_type != "Gather":
             continue
-        table, rows = _constant(node.inputs[0]), _constant(node.inputs[1])
+        table, rows = constant(node.inputs[0]), constant(node.inputs[1])
         if table is None or rows is None or node.inputs[0].is_graph_input():
             continue
         taken = np.take(table, rows, axis=int(_attribute(node, "axis", 0)))
@@ -154,7 +148,7 @@ def _fold_rounded(graph: Any) -> None:
     for node in list(graph):
         if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
             continue
-        number, scale, zero = (_constant(v) for v in node.inputs[:3])
+        number, scale, zero = (constant(v) for v in node.inputs[:3])
         readers = [user for user, _ in node.outputs[0].uses()]
         if number is None or scale is None or zero is None or scale.ndim or zero.ndim or number.dtype != np.float32:
             continue
@@ -176,14 +170,14 @@ def _transpose_integers(graph: Any) -> None:
         source = node.inputs[0].producer()
         if source is None or source.op_type != "DequantizeLinear":
             continue
-        codes = _constant(source.inputs[0])
+        codes = constant(source.inputs[0])
         if codes is None or _attribute(source, "block_size", 0):
             continue
         order = list(_attribute(node, "perm", tuple(reversed(range(codes.ndim)))))
         moved = _keep(graph, f"{source.inputs[0].name}.T", codes.transpose(order))
         inputs = [moved, *source.inputs[1:]]
         made = _dequantize(inputs, node)
-        scale = _constant(source.inputs[1])
+        scale = constant(source.inputs[1])
         if scale is not None and scale.ndim:
             _set_axis(made, order.index(_attribute(source, "axis", 1) % codes.ndim))
         graph.insert_before(node, made)
@@ -231,8 +225,8 @@ def _fold_pads(graph: Any) -> None:
 def _spatial_pads(node: Any) -> list[int] | None:
     """[begin…, end…] over the spatial axes, or None if this padding cannot go into a convolution."""
     mode = _attribute(node, "mode", "constant")
-    amounts = _constant(node.inputs[1])
-    fill = _constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(())
+    amounts = constant(node.inputs[1])
+    fill = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(())
     shape = node.inputs[0].shape
     if (
         mode != "constant"
@@ -246,7 +240,7 @@ def _spatial_pads(node: Any) -> list[int] | None:
     rank = len(shape)
     axes = range(rank)
     if len(node.inputs) > 3 and node.inputs[3] is not None:
-        given = _constant(node.inputs[3])
+        given = constant(node.inputs[3])
         if given is None:
             return None
         axes = [int(a) % rank for a in given.ravel()]  # type: ignore[assignment]
@@ -270,7 +264,7 @@ def _convolutions_behind(graph: Any, value: Any) -> list[Any]:
         if user.op_type == "Conv" and index == 0 and _attribute(user, "auto_pad", "NOTSET") == "NOTSET":
             found.append(user)
         elif user.op_type in ("QuantizeLinear", "DequantizeLinear") and index == 0:
-            zero = _constant(user.inputs[2]) if len(user.inputs) > 2 else np.zeros(())
+            zero = constant(user.inputs[2]) if len(user.inputs) > 2 else np.zeros(())
             behind = _convolutions_behind(graph, user.outputs[0]) if zero is not None and not zero.ndim else []
             if not behind:
                 return []
@@ -285,7 +279,7 @@ def _activations_to_unsigned(graph: Any) -> None:
     for node in list(graph):
         if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
             continue
-        zero = _constant(node.inputs[2])
+        zero = constant(node.inputs[2])
         if zero is None or zero.dtype != np.int8 or _is_output(graph, node.outputs[0]):
             continue
         readers = [user for user, _ in node.outputs[0].uses()]
@@ -317,10 +311,10 @@ def _weights(graph: Any, dialect: Dialect) -> None:
             continue
         if activation is None or activation.op_type != "DequantizeLinear":
             continue
-        codes, scale = _constant(source.inputs[0]), _constant(source.inputs[1])
+        codes, scale = constant(source.inputs[0]), constant(source.inputs[1])
         if codes is None or scale is None or codes.dtype != np.int8:
             continue
-        zero = _constant(source.inputs[2]) if len(source.inputs) > 2 else np.zeros(scale.shape, np.int8)
+        zero = constant(source.inputs[2]) if len(source.inputs) > 2 else np.zeros(scale.shape, np.int8)
         if zero is None:
             continue
         axis = _attribute(source, "axis", 1) % codes.ndim if scale.ndim else None
@@ -351,14 +345,14 @@ def _bias_to_integers(graph: Any) -> None:
         if node.op_type != "Gemm" or len(node.inputs) < 3:
             continue
         factors = [v.producer() for v in node.inputs[:2]]
-        bias = _constant(node.inputs[2])
+        bias = constant(node.inputs[2])
         if bias is None or bias.dtype != np.float32 or bias.ndim != 1:
             continue
         if any(f is None or f.op_type != "DequantizeLinear" for f in factors):
             continue
         if _attribute(node, "alpha", 1.0) != 1.0 or _attribute(node, "beta", 1.0) != 1.0:
             continue
-        steps = [_constant(f.inputs[1]) for f in factors]
+        steps = [constant(f.inputs[1]) for f in factors]
         if steps[0] is None or steps[1] is None or steps[0].ndim:
             continue
         step = (steps[0].astype(np.float64) * steps[1].astype(np.float64)).astype(np.float32)

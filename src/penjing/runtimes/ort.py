@@ -48,7 +48,7 @@ def _unsigned(codes: Array, axis: int | None, depthwise: bool) -> bool:
     return not depthwise and may_saturate(codes, axis)
 
 
-DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_unsigned, integer_bias=True)
+DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_unsigned, integer_bias=True, carried_grids=True)
 
 
 class OrtSession(Session):

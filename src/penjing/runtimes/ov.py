@@ -35,7 +35,7 @@ def _never(codes: Array, axis: int | None, depthwise: bool) -> bool:
     return False
 
 
-DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_never, integer_bias=False)
+DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_never, integer_bias=False, carried_grids=False)
 
 
 class OpenVinoSession(Session):

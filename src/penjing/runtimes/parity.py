@@ -123,7 +123,7 @@ def verify(runtime: Verifiable, network: Network, path: Path, *, samples: Any = 
         n=sum(next(iter(b.values())).shape[0] for b in batches),
     )
     if not gaps[worst].of(measure) <= tolerance:
-        place = _departure(runtime, network, path, batches[0], measure, tolerance)
+        place = _departure(runtime, network, path, batches[0], measure, tolerance, worst)
         raise ParityError(
             f"output '{names[worst]}' of {network.name} in {runtime.name} departs from the network's own: "
             f"{_WORDS[measure]} {gaps[worst].of(measure):.3g} (largest difference {gaps[worst].max_abs:.3g}), "
@@ -210,7 +210,13 @@ def _agreement(expected: Sequence[Array], found: Sequence[Array]) -> float:
 
 # ----------------------------------------------------------------------------------------------------- where it departs
 def _departure(
-    runtime: Verifiable, network: Network, path: Path, inputs: dict[str, Tensor], measure: str, tolerance: float
+    runtime: Verifiable,
+    network: Network,
+    path: Path,
+    inputs: dict[str, Tensor],
+    measure: str,
+    tolerance: float,
+    worst: int,
 ) -> str | None:
     """ "at layer1.0.conv1 (conv2d_3)": the first inner value of the runtime that is too far from the network's."""
     try:
@@ -229,7 +235,10 @@ def _departure(
         if not _gap([want], [got]).of(measure) <= tolerance:
             owner = _owner(traced, node, compared - {node})
             return f"at {owner} ({node.name})" if owner else f"at {node.name}"
-    return None
+    # All that could be looked at is right, so the fault lies between it and the output itself.
+    last = str(traced.graph_signature.user_outputs[worst])
+    owner = next((_owner(traced, n, compared) for n in traced.graph.nodes if n.name == last), None)
+    return f"at {owner} (the output)" if owner else None
 
 
 def _behind_inputs(traced: torch.export.ExportedProgram) -> list[fx.Node]:

@@ -1,0 +1,145 @@
+"""Quantized networks: integers in the file, integers in the kernels, the numbers of the network itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from torch import nn
+
+import penjing as pj
+from penjing.network import Network, QuantizeTensor
+from penjing.runtimes import RUNTIMES, Executed
+from penjing.runtimes.onnx_passes import may_saturate
+
+Quantized = Callable[..., Network]
+INTEGERS = ("onnxruntime", "openvino")
+
+
+LAYERS = ("first", "depthwise", "last", "head")
+
+
+def _products(rows: list[Executed]) -> Counter[str]:
+    words = ("Conv", "Gemm", "MatMul", "FullyConnected")
+    return Counter(r.precision for r in rows if any(w in r.op for w in words))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("runtime", INTEGERS)
+def test_products_run_in_integers(runtime: str, dtype: str, tmp_path: Path, quantized: Quantized) -> None:
+    network = quantized(dtype=dtype, limit=64)
+    engine = RUNTIMES.get(runtime)
+    artifact = engine.export(network, tmp_path / "net.onnx")
+    assert artifact.parity.measure == "rms_rel"
+    assert artifact.parity.rms_rel < 0.01  # so small a network differs by single steps only
+    session = engine.load(artifact.path, f"{runtime}:threads=1")
+    assert session.precision == "int8"
+    assert _products(session.executed()) == {"int8": len(LAYERS)}
+    flat = network.bind(network.example(5, seed=3))
+    (want,), (got,) = network.run(flat), session.run({k: v.numpy() for k, v in flat.items()})
+    assert np.sqrt(((got - want.numpy()) ** 2).mean()) < 0.01 * want.pow(2).mean().sqrt()
+
+
+@pytest.mark.parametrize("runtime", INTEGERS)
+def test_weights_leave_as_integers(runtime: str, tmp_path: Path, quantized: Quantized) -> None:
+    network = quantized(dtype="int8", limit=64)
+    artifact = RUNTIMES.get(runtime).export(network, tmp_path / "net.onnx")
+    graph = onnx.load(artifact.path).graph
+    held = {i.name: i for i in graph.initializer}
+    tensors = network.tensors()
+    for layer in LAYERS:
+        name = f"{layer}.weight"
+        found = [
+            v for k, v in held.items() if k.startswith(name) and v.data_type in (TensorProto.INT8, TensorProto.UINT8)
+        ]
+        found = [v for v in found if np.prod(v.dims) == tensors[name].numel()]
+        assert len(found) == 1, name
+        assert found[0].data_type == TensorProto.INT8  # ±64 cannot overflow: the fast kernel is right
+    floats = sum(int(np.prod(i.dims)) for i in held.values() if i.data_type == TensorProto.FLOAT)
+    assert floats < 0.4 * sum(tensors[f"{layer}.weight"].numel() for layer in LAYERS)
+    assert "Pad" not in {n.op_type for n in graph.node}  # folded through the grid in front of the convolution
+    grids = {i.data_type for i in held.values() if i.name.startswith("zero_")}
+    assert grids == {TensorProto.UINT8}
+
+
+def test_full_range_weights_are_exact_in_onnxruntime(tmp_path: Path, quantized: Quantized) -> None:
+    """uint8 weights with zero point 128: right on every CPU. Depthwise ones keep their faster int8 kernel."""
+    network = quantized(dtype="int8", limit=127)
+    artifact = RUNTIMES.get("onnxruntime").export(network, tmp_path / "net.onnx")
+    assert artifact.parity.rms_rel < 0.01
+    held = {i.name: i.data_type for i in onnx.load(artifact.path).graph.initializer}
+    kinds = {
+        layer: {t for n, t in held.items() if n.startswith(f"{layer}.weight") and t in (2, 3) and "zero" not in n}
+        for layer in LAYERS
+    }
+    assert kinds["last"] == kinds["first"] == {TensorProto.UINT8}
+    assert kinds["depthwise"] == {TensorProto.INT8}
+    session = RUNTIMES.get("onnxruntime").load(artifact.path)
+    assert _products(session.executed()) == {"int8": len(LAYERS)}
+
+
+def test_may_saturate_is_the_bound_of_16_bits() -> None:
+    """Against vpmaddubsw itself, computed here: clip(255·a + 255·b) for every pair that a kernel could add."""
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        top = int(generator.integers(40, 128))
+        codes = generator.integers(-top, top + 1, size=(3, 4)).astype(np.int8)
+        pairs = codes[:, :, None].astype(int) + codes[:, None, :].astype(int)
+        pairs[:, range(4), range(4)] = 0
+        sums = 255 * np.maximum(pairs.max(), 0), 255 * np.minimum(pairs.min(), 0)
+        overflows = sums[0] > 32767 or sums[1] < -32768
+        assert may_saturate(codes, 0) == overflows
+    assert not may_saturate(np.array([[127, -127]], np.int8), 0)
+    assert may_saturate(np.array([[127, 127]], np.int8), None)
+
+
+def test_narrow_grids_keep_their_range(tmp_path: Path) -> None:
+    """A 4-bit grid in an int8 container: ONNX has no quant_min and quant_max, the clamp must be there."""
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    network = pj.capture(One(), (torch.randn(2, 8),))
+    name = network.inputs[0].name
+    edit = QuantizeTensor(
+        tensor=name,
+        scale=torch.tensor(0.1),
+        zero_point=torch.tensor(1),
+        dtype="int8",
+        axis=None,
+        quant_min=-8,
+        quant_max=7,
+    )
+    network = network.apply([edit])
+    for runtime in INTEGERS:
+        artifact = RUNTIMES.get(runtime).export(network, tmp_path / f"{runtime}.onnx")
+        session = RUNTIMES.get(runtime).load(artifact.path)
+        x = np.linspace(-3, 3, 32, dtype=np.float32).reshape(4, 8)
+        np.testing.assert_allclose(session.run({name: x})[0], network.run(torch.from_numpy(x))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", INTEGERS)
+def test_quantize_step_gives_integer_products(runtime: str, tmp_path: Path, pictures: Network) -> None:
+    """The Step's own placement, an LSTM left in float, weights alone as integers."""
+    network = pictures
+    data = [(torch.rand(16, 3, 16, 16), None)]
+    small = pj.compress(network, pj.Recipe(pj.Quantize()), data=data).network
+    session = RUNTIMES.get(runtime).load(RUNTIMES.get(runtime).export(small, tmp_path / "a.onnx").path)
+    assert set(_products(session.executed())) == {"int8"}
+    stored = pj.compress(network, pj.Recipe(pj.Quantize(activations=None))).network
+    artifact = RUNTIMES.get(runtime).export(stored, tmp_path / "b.onnx")
+    assert artifact.parity.measure == "max_rel"
+    session = RUNTIMES.get(runtime).load(artifact.path, f"{runtime}:precision=f32")
+    assert session.precision == "f32"
+    assert "DequantizeLinear" not in {e.op for e in session.executed()}  # widened once, at loading
