@@ -1,7 +1,8 @@
 """Two independent ways to say what a shrunk network must compute.
 
 *Mask*: removing a unit is setting it to zero (exact where no statistic crosses the channels).
-*Duplicate*: when half of the units are copies of the others, removing the copies and doubling what reads the rest changes nothing.
+*Duplicate*: when half of the units are copies of the others, removing the copies and doubling what reads the rest
+changes nothing.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from functools import cache
 
 import torch
 from torch import Tensor, fx
+from zoo import build
 
 import penjing as pj
 from penjing.network import graph as flat
 from penjing.network.groups import Group, Groups, analyse
 from penjing.network.remove import remove
-from zoo import build
 
 TOLERANCE = 1e-4
+
+SUMMED = {("single_head_attention", "qkv")}
+"""Groups that a product of two activations sums over: dropping copies halves that sum, so only the mask can judge
+them."""
 
 
 @dataclass(frozen=True)
 class Case:
+    name: str
     graph: fx.GraphModule
     example: dict[str, Tensor]
     groups: Groups
@@ -39,7 +45,7 @@ def captured(name: str) -> tuple[fx.GraphModule, dict[str, Tensor]]:
 @cache
 def case(name: str, heads: str = "heads") -> Case:
     graph, example = captured(name)
-    return Case(graph, example, analyse(graph, example, heads))
+    return Case(name, graph, example, analyse(graph, example, heads))
 
 
 def run(graph: fx.GraphModule, example: dict[str, Tensor], training: bool = False) -> list[Tensor]:
@@ -52,8 +58,12 @@ def run(graph: fx.GraphModule, example: dict[str, Tensor], training: bool = Fals
 
 def larger(example: dict[str, Tensor], batch: int = 3) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return {k: t[torch.randint(0, len(t), (batch,), generator=generator)] if not t.is_floating_point()
-            else torch.randn((batch, *t.shape[1:]), generator=generator) for k, t in example.items()}  # fmt: skip
+    return {
+        k: t[torch.randint(0, len(t), (batch,), generator=generator)]
+        if not t.is_floating_point()
+        else torch.randn((batch, *t.shape[1:]), generator=generator)
+        for k, t in example.items()
+    }
 
 
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
@@ -86,7 +96,9 @@ def masked(case: Case, seed: int = 0) -> tuple[fx.GraphModule, fx.GraphModule]:
             continue
         units = [gone for gone, _ in chosen(group, seed)]
         removals.append(removal(group, units))
-        for m in group.consumers or group.members:
+        for m in group.members:
+            if "parametrizations" in m.parameter and m.role != "consumer":
+                continue  # a weight of norm zero has no direction
             tensors[m.parameter].index_fill_(m.dim, torch.as_tensor(m.indices[units].reshape(-1)), 0)
     return flat.copy(case.graph, tensors=tensors), remove(case.graph, case.groups, removals).graph_module
 
@@ -96,6 +108,8 @@ def duplicated(case: Case, seed: int = 0) -> tuple[fx.GraphModule, fx.GraphModul
     tensors, removals, readers = fresh(case.graph), [], []
     for group in case.groups:
         tied = any("consumer" in m.roles and "producer" in m.roles for m in group.members)
+        if (case.name, group.name) in SUMMED:
+            continue
         if tied or group.size < 2 or not group.consumers or "weight_norm" in str(group.inexact):
             continue
         pairs = chosen(group, seed)

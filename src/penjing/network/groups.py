@@ -1,6 +1,7 @@
 """Channel groups: what can be removed from a network, and everything that goes with it.
 
-The graph is run once on labels (`penjing.network.labels`, `penjing.network.rules`); labels that must go together form classes;
+The graph is run once on labels (`penjing.network.labels`, `penjing.network.rules`); labels that must go together form
+classes;
 classes with the same members form a `Group`. Nothing here depends on layer types, only on ATen operators.
 """
 
@@ -15,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from penjing.errors import EditError
-from penjing.network.labels import Axis, Tape
+from penjing.network.labels import Axis, Role, Tape
 from penjing.network.rules import trace
 from penjing.network.solve import Solution, solve
 
 Ints = NDArray[np.int64]
-Role = Literal["producer", "consumer", "other"]
+_ROLES: tuple[Role, ...] = ("producer", "consumer", "other")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Group:
         name: the path of the main producing layer.
         size: the number of units.
         members: the dimensions of parameters concerned.
-        inexact: the operator by which a statistic crosses these channels (`aten::layer_norm`), so that removing one changes the
+        inexact: the operator by which a statistic crosses these channels (`aten::layer_norm`), so that removing one
+            changes the
             others; None where removing a unit is the same as setting it to zero.
         classes: `(units,)` the class number of every unit.
     """
@@ -138,7 +140,8 @@ class Groups:
 
     @property
     def reasons(self) -> dict[str, tuple[str, ...]]:
-        """Operators without a rule, each with `parameter dim` of what it keeps (or its nodes, where it keeps no parameter)."""
+        """Operators without a rule, each with `parameter dim` of what it keeps (or its nodes, where it keeps no
+        parameter)."""
         table: dict[str, dict[str, None]] = {}
         for pinned in self.pinned:
             if pinned.operator is not None:
@@ -157,8 +160,11 @@ class Groups:
     def group_of(self, parameter: str, dim: int) -> Group | None:
         """The group on a dimension of a parameter (the one with most positions there), or None if that stays."""
         found = self.groups_of(parameter, dim)
-        return max(found, key=lambda g: next(m.indices.size for m in g.members if (m.parameter, m.dim) == (parameter, dim)),
-                   default=None)  # fmt: skip
+        return max(
+            found,
+            key=lambda g: next(m.indices.size for m in g.members if (m.parameter, m.dim) == (parameter, dim)),
+            default=None,
+        )
 
     def classes_of(self, parameter: str, dim: int) -> Ints | None:
         """The class of every position of a dimension, or None if it has no labels."""
@@ -189,7 +195,9 @@ def single(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first sample of every input that has the batch's size."""
     sizes = [t.shape[0] for t in example.values() if isinstance(t, Tensor) and t.dim() > 0]
     batch = max(set(sizes), key=sizes.count, default=1)
-    return {k: t[:1] if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == batch else t for k, t in example.items()}
+    return {
+        k: t[:1] if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == batch else t for k, t in example.items()
+    }
 
 
 def _layer(parameter: str) -> str:
@@ -200,12 +208,10 @@ def _build(tape: Tape, solution: Solution) -> tuple[Group, ...]:
     """Classes with the same number of positions on the same dimensions become one group."""
     if not tape.axes:
         return ()
-    roles: dict[Role, NDArray[np.bool_]] = {}
-    for role in ("producer", "consumer", "other"):
-        roles[role] = np.zeros(tape.count, np.bool_)  # type: ignore[index]
+    roles = {role: np.zeros(tape.count, np.bool_) for role in _ROLES}
     touched = np.zeros(tape.count, np.bool_)
     for name, labels in tape.roles:
-        roles[name][labels] = True  # type: ignore[index]
+        roles[name][labels] = True
         touched[solution.classes[labels]] = True
     label = np.concatenate([np.arange(a.base, a.base + a.size) for a in tape.axes])
     axis = np.repeat(np.arange(len(tape.axes)), [a.size for a in tape.axes])
@@ -234,16 +240,19 @@ def _build(tape: Tape, solution: Solution) -> tuple[Group, ...]:
         for a in dict.fromkeys(axis[rows[0]].tolist()):
             columns = np.flatnonzero(axis[rows[0]] == a)
             positions = label[rows[:, columns]]
-            found = [r for r in ("producer", "consumer", "other") if roles[r][positions].any()] or ["other"]  # type: ignore[index]
-            if len(found) > 1 and "other" in found:
-                found.remove("other")
-            members.append(Member(tape.axes[a].tensor, tape.axes[a].dim, positions - tape.axes[a].base, found[0], tuple(found)))  # type: ignore[arg-type]
+            found = tuple(role for role in _ROLES if roles[role][positions].any()) or ("other",)
+            found = found[:-1] if len(found) > 1 and found[-1] == "other" else found
+            members.append(
+                Member(tape.axes[a].tensor, tape.axes[a].dim, positions - tape.axes[a].base, found[0], found)
+            )
         members.sort(key=lambda m: ("producer", "other", "consumer").index(m.role))
-        name = _layer(members[0].parameter)
-        used[name] = used.get(name, 0) + 1
+        path = _layer(members[0].parameter)
+        used[path] = used.get(path, 0) + 1
         classes = owner[starts[units]]
         inexact = next((crossing[int(c)] for c in classes if int(c) in crossing), None)
-        groups.append(Group(name if used[name] == 1 else f"{name}#{used[name]}", len(units), tuple(members), inexact, classes))
+        groups.append(
+            Group(path if used[path] == 1 else f"{path}#{used[path]}", len(units), tuple(members), inexact, classes)
+        )
     return tuple(groups)
 
 
@@ -277,10 +286,14 @@ def units_of(groups: Groups, removals: Sequence[tuple[str, int, Sequence[int]]])
     for parameter, dim, indices in removals:
         classes = groups.classes_of(parameter, dim)
         if classes is None:
-            raise EditError(f"{parameter} has no channels on dimension {dim}", hint="print(network.groups()) lists what has")
+            raise EditError(
+                f"{parameter} has no channels on dimension {dim}", hint="print(network.groups()) lists what has"
+            )
         chosen = np.asarray(list(indices), dtype=np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(classes)):
-            raise EditError(f"{parameter} has {len(classes)} positions on dimension {dim}, so {int(chosen.max())} cannot be removed")
+            raise EditError(
+                f"{parameter} has {len(classes)} positions on dimension {dim}, so {int(chosen.max())} cannot be removed"
+            )
         taken = classes[chosen]
         if not owned[taken].all():
             why = "; ".join(groups.why(parameter, dim)[:3]) or "it is not a channel"

@@ -1,11 +1,14 @@
 """Labels: one integer for every position that could be removed from a network, and the constraints between them.
 
-A channel analysis runs the graph once, with an int64 tensor of labels beside every activation. An element's label names the
-channel it belongs to; two labels that must go together are joined by an edge. Labels of activations are stored with stride 0
+A channel analysis runs the graph once, with an int64 tensor of labels beside every activation. An element's label
+names the
+channel it belongs to; two labels that must go together are joined by an edge. Labels of activations are stored with
+stride 0
 along every dimension on which they do not depend, so `[1, 256, 56, 56]` costs 256 integers.
 
 * ``FREE`` (0) marks constants, masks and reduced dimensions: nothing is known and nothing is asked.
-* A parameter with several dimensions has a label for each (dimension, index): it is a `Slots`, one layer of labels for every dimension.
+* A parameter with several dimensions has a label for each (dimension, index): it is a `Slots`, one layer of labels
+for every dimension.
 * A pinned label stands for something that must stay, and carries the reason why.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,11 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FREE = 0
+Role = Literal["producer", "consumer", "other"]
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Labels of a weight-like value: several layers of one shape; an element goes when any of its layers' labels goes."""
+    """Labels of a weight-like value: several layers of one shape; an element goes when any of its layers' labels
+    goes."""
 
     shape: tuple[int, ...]
     layers: tuple[Tensor, ...]
@@ -35,7 +41,8 @@ Labels = Tensor | Slots
 
 @dataclass(frozen=True)
 class Collapse:
-    """If the classes of `source` agree along `dims`, they are joined with `target` (size 1 there); else `target` is pinned."""
+    """If the classes of `source` agree along `dims`, they are joined with `target` (size 1 there); else `target` is
+    pinned."""
 
     source: NDArray[np.int64]
     dims: tuple[int, ...]
@@ -122,7 +129,8 @@ def aligned(labels: Tensor, ndim: int) -> Tensor:
 
 @dataclass
 class Tape:
-    """What one labelled run of a graph recorded: label ranges, edges, pins, deferred constraints, roles, the labels of each node."""
+    """What one labelled run of a graph recorded: label ranges, edges, pins, deferred constraints, roles, the labels
+    of each node."""
 
     tensors: dict[str, Tensor]
     parameters: frozenset[str]
@@ -132,7 +140,7 @@ class Tape:
     pins: list[Pin] = field(default_factory=list)
     collapses: list[Collapse] = field(default_factory=list)
     heads: list[Heads] = field(default_factory=list)
-    roles: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
+    roles: list[tuple[Role, NDArray[np.int64]]] = field(default_factory=list)
     inexact: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     values: dict[str, tuple[tuple[int, ...], NDArray[np.int64]]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -194,7 +202,8 @@ class Tape:
         return torch.zeros(size, dtype=torch.int64) if vector is None else vector
 
     def elements(self, labels: Labels) -> Tensor:
-        """One label for every element of a weight-like value; each dimension follows if the elements turn out to agree."""
+        """One label for every element of a weight-like value; each dimension follows if the elements turn out to
+        agree."""
         if isinstance(labels, Tensor):
             return labels
         if len(labels.layers) <= 1:
@@ -209,7 +218,10 @@ class Tape:
     # constraints ------------------------------------------------------------------------------------------------------
     def union(self, a: Tensor, b: Tensor) -> None:
         """Join labels elementwise (broadcasting; FREE joins with anything)."""
-        left, right = torch.broadcast_tensors(core(a), core(b)) if a.dim() == b.dim() else torch.broadcast_tensors(a, b)
+        if a.dim() == b.dim():
+            a, b = core(a), core(b)
+        shape = np.broadcast_shapes(a.shape, b.shape)
+        left, right = a.expand(shape), b.expand(shape)
         chosen = (left != right) & (left != FREE) & (right != FREE)
         if bool(chosen.any()):
             self.edges.append(torch.stack([left[chosen], right[chosen]]).numpy())
@@ -238,7 +250,7 @@ class Tape:
         """Record that `target` follows `source` if that agrees along `dims`."""
         self.collapses.append(Collapse(source.numpy().copy(), tuple(dims), target.numpy().copy()))
 
-    def mark(self, role: str, labels: Tensor) -> None:
+    def mark(self, role: Role, labels: Tensor) -> None:
         """Note that these labels are rows that produce, columns that consume, or another per-channel quantity."""
         self.roles.append((role, torch.unique(core(labels)).numpy()))
 
@@ -282,8 +294,7 @@ class Tape:
                 result = core(labels)
             else:
                 self.union(result, core(labels))
-                left, right = torch.broadcast_tensors(result, core(labels))
-                result = torch.where(left == FREE, right, left)
+                result = torch.where(result == FREE, core(labels), result)
         if result is None:  # an outer product: two families of channels in one value
             for labels in known:
                 label = self.pin(labels, f"{operator} spreads two families of channels over one value", node, operator)

@@ -1,6 +1,7 @@
 """Removing channels: kept labels → new tensors, new sizes, new constants, and a graph that has been run.
 
-No shape is propagated twice: the classes of `Groups` say what every value keeps, and every node is run as it is rewritten, so that
+No shape is propagated twice: the classes of `Groups` say what every value keeps, and every node is run as it is
+rewritten, so that
 each result is compared with the shape its labels promise.
 """
 
@@ -133,7 +134,9 @@ class _Shrinker:
     def step(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             copy = self.graph.node_copy(node)
-            self.place(node, copy, self.inputs[node.name] if node.name in self.inputs else self.inputs[str(node.target)])
+            self.place(
+                node, copy, self.inputs[node.name] if node.name in self.inputs else self.inputs[str(node.target)]
+            )
         elif node.op == "get_attr":
             self.place(node, self.graph.node_copy(node), self.new[str(node.target)])
         elif node.op == "output":
@@ -151,7 +154,7 @@ class _Shrinker:
         resizing = Resizing(self, node, name)
         function = RESIZE.get(name)
         if function is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            function = RESIZE["pointwise::any"]
+            function = RESIZE.get("pointwise::any")
         copy = function(resizing) if function is not None and resizing.touched() else None
         if copy is None:
             copy = self.graph.node_copy(node, lambda n: self.copies[n])
@@ -160,8 +163,10 @@ class _Shrinker:
         self.place(node, copy, value)
         wanted = self.expected(node)
         if wanted is not None and isinstance(value, Tensor) and tuple(value.shape) != wanted:
-            raise EditError(f"{name} ({node.name}) would give the shape {tuple(value.shape)} instead of {wanted}",
-                            hint="this is a fault of penjing's channel rules; exclude the layer with `where`")  # fmt: skip
+            raise EditError(
+                f"{name} ({node.name}) would give the shape {tuple(value.shape)} instead of {wanted}",
+                hint="this is a fault of penjing's channel rules; exclude the layer with `where`",
+            )
 
     def evaluate(self, copy: fx.Node) -> Any:
         """Run one node of the new graph."""

@@ -56,7 +56,9 @@ class Resizing:
         copy = self.shrinker.copies.get(node)
         value = None if copy is None else self.shrinker.after[copy]
         if isinstance(value, tuple | list):
-            return any(self.changes(user) for user in node.users if user.target is operator.getitem) or self.ends_change(node)
+            return any(
+                self.changes(user) for user in node.users if user.target is operator.getitem
+            ) or self.ends_change(node)
         before = self.shrinker.groups.shapes.get(node.name)
         return isinstance(value, Tensor) and before is not None and tuple(value.shape) != before
 
@@ -66,7 +68,9 @@ class Resizing:
 
     def value(self, argument: str) -> Any:
         """An argument's value in the new graph."""
-        return fx.map_arg(self.args.get(argument, self.defaults.get(argument)), lambda n: self.shrinker.after[self.shrinker.copies[n]])
+        return fx.map_arg(
+            self.args.get(argument, self.defaults.get(argument)), lambda n: self.shrinker.after[self.shrinker.copies[n]]
+        )
 
     def old_shape(self, argument: str) -> tuple[int, ...]:
         """The shape an argument had."""
@@ -79,13 +83,14 @@ class Resizing:
     def make(self, target: Any = None, **changed: Any) -> fx.Node:
         """The call in the new graph, with some arguments replaced (by new nodes or plain values)."""
         args = {k: fx.map_arg(v, lambda n: self.shrinker.copies[n]) for k, v in self.args.items()} | changed
-        schema = (target or self.node.target)._schema
+        operator_called: Any = target or self.node.target
+        schema = operator_called._schema
         positional = [a.name for a in schema.arguments if not a.kwarg_only]
         last = max((i for i, name in enumerate(positional) if name in args), default=-1)
         defaults = {a.name: a.default_value for a in schema.arguments}
         values = [args.get(name, defaults[name]) for name in positional[: last + 1]]
         keywords = {k: v for k, v in args.items() if k not in positional}
-        return self.shrinker.insert(target or self.node.target, *values, **keywords)
+        return self.shrinker.insert(operator_called, *values, **keywords)
 
     def fitted(self, argument: fx.Node) -> fx.Node:
         """An operand that broadcasts to the result, cut to what the result keeps where it still has the old size."""
@@ -180,7 +185,10 @@ def sizes(call: Resizing) -> fx.Node | None:
             entries[i] = new
     if not changed:
         return None
-    return call.make(aten.reshape.default if call.name in ("aten::view", "aten::_unsafe_view") else None, **_shape(call, name, entries))
+    return call.make(
+        aten.reshape.default if call.name in ("aten::view", "aten::_unsafe_view") else None,
+        **_shape(call, name, entries),
+    )
 
 
 def _shape(call: Resizing, name: str, entries: list[Any]) -> dict[str, Any]:
@@ -216,8 +224,8 @@ def _lengths(call: Resizing, size: int) -> list[int]:
     if call.name == "aten::tensor_split":
         given = call.value("sections") if "sections" in call.args else call.value("indices")
         return [len(p) for p in torch.empty(size).tensor_split(given)]
-    given = call.value("split_size")
-    return [len(p) for p in torch.empty(size).split(given)]
+    length = int(call.value("split_size"))
+    return [min(length, size - start) for start in range(0, size, length)]
 
 
 @resize("slice", "narrow")
@@ -259,7 +267,9 @@ def lookup(call: Resizing) -> fx.Node | None:
     if call.name == "aten::select":
         return call.make(index=place[int(call.value("index")) % size])
     taken = call.value("index").tolist()
-    return call.make(index=call.shrinker.constant(call.node.name, torch.tensor([place[t] for t in taken if t in place])))
+    return call.make(
+        index=call.shrinker.constant(call.node.name, torch.tensor([place[t] for t in taken if t in place]))
+    )
 
 
 @resize("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
@@ -277,7 +287,16 @@ def group_norm(call: Resizing) -> fx.Node | None:
     return call.make(num_groups=call.value("input").shape[1])
 
 
-@resize("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "_convolution")
+@resize(
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "convolution",
+    "_convolution",
+)
 def convolution(call: Resizing) -> fx.Node | None:
     """Depthwise convolutions have as many groups as channels."""
     groups = int(call.value("groups") or 1)
@@ -328,11 +347,17 @@ def states(call: Resizing) -> fx.Node | None:
     """Initial states that are constants lose the units that go."""
     params = call.args["params"]
     size = call.shrinker.groups.shapes[params[1].name][1]
-    gone = call.shrinker.gone[call.shrinker.groups.classes_of(str(params[1].target), 1)] if params[1].op == "get_attr" else None
+    gone = (
+        call.shrinker.gone[call.shrinker.groups.classes_of(str(params[1].target), 1)]
+        if params[1].op == "get_attr"
+        else None
+    )
     if gone is None or not gone.any():
         return None
     kept = np.flatnonzero(~gone)
     hx = call.args["hx"]
     given = list(hx) if isinstance(hx, list | tuple) else [hx]
-    cut = [_cut(call, n, 2 if call.shrinker.after[call.shrinker.copies[n]].dim() == 3 else 1, size, kept) for n in given]
+    cut = [
+        _cut(call, n, 2 if call.shrinker.after[call.shrinker.copies[n]].dim() == 3 else 1, size, kept) for n in given
+    ]
     return call.make(hx=cut if isinstance(hx, list | tuple) else cut[0])

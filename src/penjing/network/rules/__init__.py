@@ -3,4 +3,14 @@
 from penjing.network.rules import contraction, convolution, elementwise, movement, normalization, recurrent
 from penjing.network.rules.base import RULES, Call, trace
 
-__all__ = ["RULES", "Call", "contraction", "convolution", "elementwise", "movement", "normalization", "recurrent", "trace"]
+__all__ = [
+    "RULES",
+    "Call",
+    "contraction",
+    "convolution",
+    "elementwise",
+    "movement",
+    "normalization",
+    "recurrent",
+    "trace",
+]

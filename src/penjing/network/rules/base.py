@@ -105,7 +105,7 @@ def trace(graph_module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Tape:
         graph_module: a flat graph of ATen calls, in eval form.
         inputs: a tensor for every placeholder, by its name.
     """
-    tensors = dict(graph_module.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(graph_module.named_parameters(remove_duplicate=False))
     parameters = frozenset(tensors)
     tensors.update(graph_module.named_buffers(remove_duplicate=False))
     tape = Tape(tensors, parameters)
@@ -159,8 +159,10 @@ class _Tracer:
         self.values[node] = result
         self.static[node] = all(self.static[n] for n in node.all_input_nodes)
         if target is operator.getitem:
-            labels = self.labels[node.args[0]]  # type: ignore[index]
-            self.record(node, labels[node.args[1]] if isinstance(labels, tuple | list) else None)
+            source: Any = node.args[0]
+            part: Any = node.args[1]
+            labels = self.labels[source]
+            self.record(node, labels[part] if isinstance(labels, tuple | list) else None)
             return
         if not any(isinstance(leaf, Tensor) for leaf in _leaves(result)):
             self.record(node, None)

@@ -114,17 +114,25 @@ def _activations(call: Call, x: Tensor, xl: str, y: Tensor, yl: str, out: str, s
             call.pin(x if c in over["x"] else y, f"{call.name} sums over channels of one side only")
     summed = list(range(len(out), len(order)))
     left, right = tape.reduce(x, summed), tape.reduce(y, summed)
-    drop = (..., *([0] * len(summed)))
-    return tape.combine([left[drop], right[drop]], shape, call.node.name, call.name)
+    for _ in summed:
+        left, right = left.squeeze(-1), right.squeeze(-1)
+    return tape.combine([left, right], shape, call.node.name, call.name)
 
 
 @rule("linear", "addmm", "baddbmm", "matmul", "mm", "bmm", "mv", "dot")
 def product(call: Call) -> Labels:
     """All products of two operands, with an optional bias."""
     short = call.name.removeprefix("aten::")
-    names = {"linear": ("input", "weight"), "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
-             "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "mv": ("self", "vec"), "dot": ("self", "tensor"),
-             "matmul": ("self", "other")}[short]  # fmt: skip
+    names = {
+        "linear": ("input", "weight"),
+        "addmm": ("mat1", "mat2"),
+        "baddbmm": ("batch1", "batch2"),
+        "mm": ("self", "mat2"),
+        "bmm": ("self", "mat2"),
+        "mv": ("self", "vec"),
+        "dot": ("self", "tensor"),
+        "matmul": ("self", "other"),
+    }[short]
     x, y = (call.labels[name] for name in names)
     nx, ny = (call.values[name].dim() for name in names)
     batch = "abcdefghij"[10 - max(nx, ny) + 2 :] if max(nx, ny) > 2 else ""

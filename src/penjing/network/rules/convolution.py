@@ -8,7 +8,16 @@ from penjing.network.labels import along, core, is_free, varying
 from penjing.network.rules.base import Call, rule
 
 
-@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "_convolution")
+@rule(
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "convolution",
+    "_convolution",
+)
 def convolution(call: Call) -> Tensor:
     """The input's channels meet the weight's columns, its rows name the output's channels."""
     tape = call.tape
@@ -22,7 +31,12 @@ def convolution(call: Call) -> Tensor:
         call.pin(tape.axis(weight, d), "the extent of a kernel")
     spatial = [d for d in varying(x) if d > channel]
     if spatial and channel not in varying(x):
-        for labels in (x, tape.axis(weight, 0), tape.axis(weight, 1), *([call.vector("bias")] if call.has("bias") else [])):
+        for labels in (
+            x,
+            tape.axis(weight, 0),
+            tape.axis(weight, 1),
+            *([call.vector("bias")] if call.has("bias") else []),
+        ):
             call.pin(labels, f"{call.name} slides over channels")
         return core(x).amax().expand(call.shape)
     for d in spatial:  # a channel has one label wherever it is looked at

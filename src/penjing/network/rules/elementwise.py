@@ -20,8 +20,10 @@ def pointwise(call: Call) -> Labels:
         return _weights(call, known)
     elements = [t for t in known if isinstance(t, Tensor) and not is_free(t)]
     widest = max(elements, key=lambda t: len(varying(t)), default=None)
-    operands = [t if isinstance(t, Tensor) else mask_elements(call.tape, t, widest if widest is not None else free(()))
-                for t in known]  # fmt: skip
+    operands = [
+        t if isinstance(t, Tensor) else mask_elements(call.tape, t, widest if widest is not None else free(()))
+        for t in known
+    ]
     return call.tape.combine(operands, call.shape, call.node.name, call.name)
 
 
@@ -45,11 +47,53 @@ def _weights(call: Call, known: list[Labels]) -> Slots:
     return Slots(call.shape, tuple(layers))
 
 
-@rule("dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "to", "_to_copy",
-      "contiguous", "clone", "detach", "detach_", "alias", "lift_fresh", "lift_fresh_copy", "type_as", "float", "softmax",
-      "_softmax", "log_softmax", "_log_softmax", "cumsum", "logcumsumexp", "cumprod", "quantized_decomposed::quantize_per_tensor",
-      "relu6", "hardtanh", "rrelu", "rrelu_with_noise", "gumbel_softmax", "celu", "selu", "softplus", "hardswish", "positive",
-      "view_as", "copy", "fill", "nan_to_num", "dropout2d", "bernoulli", "_safe_softmax", "softmin", "relu_", "set_grad")  # fmt: skip
+@rule(
+    "dropout",
+    "dropout_",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "native_dropout",
+    "to",
+    "_to_copy",
+    "contiguous",
+    "clone",
+    "detach",
+    "detach_",
+    "alias",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "type_as",
+    "float",
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "cumsum",
+    "logcumsumexp",
+    "cumprod",
+    "quantized_decomposed::quantize_per_tensor",
+    "relu6",
+    "hardtanh",
+    "rrelu",
+    "rrelu_with_noise",
+    "gumbel_softmax",
+    "celu",
+    "selu",
+    "softplus",
+    "hardswish",
+    "positive",
+    "view_as",
+    "copy",
+    "fill",
+    "nan_to_num",
+    "dropout2d",
+    "bernoulli",
+    "_safe_softmax",
+    "softmin",
+    "relu_",
+    "set_grad",
+)
 def same(call: Call) -> Any:
     """The result has the first argument's shape and channels."""
     labels = next(iter(call.labels.values()))
@@ -87,12 +131,43 @@ def dequantize_channels(call: Call) -> Labels:
     return slots.layers[0] if len(slots.layers) == 1 else slots
 
 
-@rule(*(f"{kind}{n}d{more}" for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool",
-        "_adaptive_avg_pool", "reflection_pad", "replication_pad", "lp_pool", "fractional_max_pool")
-        for more in ("", "_with_indices")),
-      *(f"{kind}{n}" for n in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d", "nearest1d", "nearest2d", "nearest3d",
-        "_nearest_exact1d", "_nearest_exact2d") for kind in ("upsample_", "_upsample_")),
-      "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")  # fmt: skip
+@rule(
+    *(
+        f"{kind}{n}d{more}"
+        for n in (1, 2, 3)
+        for kind in (
+            "max_pool",
+            "avg_pool",
+            "adaptive_avg_pool",
+            "adaptive_max_pool",
+            "_adaptive_avg_pool",
+            "reflection_pad",
+            "replication_pad",
+            "lp_pool",
+            "fractional_max_pool",
+        )
+        for more in ("", "_with_indices")
+    ),
+    *(
+        f"{kind}{n}"
+        for n in (
+            "linear1d",
+            "bilinear2d",
+            "bicubic2d",
+            "trilinear3d",
+            "nearest1d",
+            "nearest2d",
+            "nearest3d",
+            "_nearest_exact1d",
+            "_nearest_exact2d",
+        )
+        for kind in ("upsample_", "_upsample_")
+    ),
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+)
 def spatial(call: Call) -> Any:
     """Pooling and resizing mix positions and keep channels."""
     name = call.name.replace("_with_indices", "").replace("_aa", "")
@@ -111,8 +186,29 @@ def spatial(call: Call) -> Any:
     return tuple(labels for _ in call.result) if isinstance(call.result, tuple) else labels
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "std", "var", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm",
-      "prod", "any", "all", "nansum", "median", "count_nonzero", "argmax", "argmin")  # fmt: skip
+@rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "std",
+    "var",
+    "var_mean",
+    "std_mean",
+    "logsumexp",
+    "norm",
+    "linalg_vector_norm",
+    "prod",
+    "any",
+    "all",
+    "nansum",
+    "median",
+    "count_nonzero",
+    "argmax",
+    "argmin",
+)
 def reduction(call: Call) -> Any:
     """A reduction over channels frees the result of them, but its value depends on all."""
     if call.has("other"):
@@ -123,7 +219,9 @@ def reduction(call: Call) -> Any:
     dims = _dims(call, labels.dim())
     crossing = [d for d in dims if d in varying(labels)]
     if crossing:
-        if call.name in ("aten::argmax", "aten::argmin") or (isinstance(call.result, tuple) and "mean" not in call.name):
+        if call.name in ("aten::argmax", "aten::argmin") or (
+            isinstance(call.result, tuple) and "mean" not in call.name
+        ):
             return opaque(call)  # the number of a channel is a result
         if call.name != "aten::sum":
             call.tape.crossed(call.name, labels)
@@ -179,8 +277,21 @@ def glu(call: Call) -> Tensor:
     return call.tape.combine([a, b], call.shape, call.node.name, call.name)
 
 
-@rule("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like", "new_zeros", "new_ones", "new_full",
-      "new_empty", "zeros", "ones", "sym_size")  # fmt: skip
+@rule(
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "zeros",
+    "ones",
+    "sym_size",
+)
 def created(call: Call) -> Any:
     """New values that say nothing about channels."""
     return spread(call.result, torch.zeros((), dtype=torch.int64))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from penjing.network.labels import Labels, Slots, aligned, along, compact, core, is_free, varying
+from penjing.network.labels import Labels, Slots, along, compact, core, is_free, varying
 from penjing.network.rules.base import Call, opaque, rule
 
 
@@ -25,8 +25,21 @@ def _slots(layers: list[Tensor]) -> Slots:
     return Slots(tuple(layers[0].shape), tuple(layer for layer in map(compact, layers) if not is_free(layer)))
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "_reshape_alias", "view_copy", "ravel",
-      "squeeze_", "unsqueeze_", "reshape_as")  # fmt: skip
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "_reshape_alias",
+    "view_copy",
+    "ravel",
+    "squeeze_",
+    "unsqueeze_",
+    "reshape_as",
+)
 def reshape(call: Call) -> Any:
     """Another shape for the same elements in the same order."""
     return _layers(call, next(iter(call.labels.values())), lambda labels: labels.reshape(call.shape))
@@ -38,14 +51,51 @@ def expand(call: Call) -> Any:
     return _layers(call, call.labels["self"], lambda labels: labels.expand(call.shape))
 
 
-@rule("permute", "transpose", "t", "numpy_T", "mT", "adjoint", "matrix_H", "movedim", "moveaxis", "swapaxes", "swapdims", "slice",
-      "narrow", "split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk", "unbind", "tensor_split", "flip", "repeat",
-      "tile", "repeat_interleave", "unfold", "diagonal", "rot90", "pixel_unshuffle", "transpose_", "t_", "hsplit", "vsplit",
-      "permute_copy", "channel_shuffle", "native_channel_shuffle")  # fmt: skip
+@rule(
+    "permute",
+    "transpose",
+    "t",
+    "numpy_T",
+    "mT",
+    "adjoint",
+    "matrix_H",
+    "movedim",
+    "moveaxis",
+    "swapaxes",
+    "swapdims",
+    "slice",
+    "narrow",
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "chunk",
+    "unsafe_chunk",
+    "unbind",
+    "tensor_split",
+    "flip",
+    "repeat",
+    "tile",
+    "repeat_interleave",
+    "unfold",
+    "diagonal",
+    "rot90",
+    "pixel_unshuffle",
+    "transpose_",
+    "t_",
+    "hsplit",
+    "vsplit",
+    "permute_copy",
+    "channel_shuffle",
+    "native_channel_shuffle",
+)
 def literal(call: Call) -> Any:
     """The operator itself, run on labels."""
     first = next(k for k, v in call.labels.items() if isinstance(v, Tensor | Slots))
-    if any(isinstance(v, Tensor | Slots) and not (isinstance(v, Tensor) and is_free(v)) for k, v in call.labels.items() if k != first):
+    if any(
+        isinstance(v, Tensor | Slots) and not (isinstance(v, Tensor) and is_free(v))
+        for k, v in call.labels.items()
+        if k != first
+    ):
         return opaque(call)
     return _layers(call, call.labels[first], lambda labels: _run(call, labels))
 
@@ -61,7 +111,10 @@ def _run(call: Call, labels: Tensor) -> Any:
     def place(value: Any) -> Any:
         return labels if value is holder else value
 
-    args = [place(fx.map_arg(a, fetch)) if isinstance(a, fx.Node) else fx.map_arg(a, lambda n: _symbol(call, n)) for a in node.args]
+    args = [
+        place(fx.map_arg(a, fetch)) if isinstance(a, fx.Node) else fx.map_arg(a, lambda n: _symbol(call, n))
+        for a in node.args
+    ]
     kwargs = {k: fx.map_arg(v, lambda n: _symbol(call, n)) for k, v in node.kwargs.items()}
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -188,7 +241,10 @@ def pixel_shuffle(call: Call) -> Tensor:
     labels = call.label("self")
     factor = int(call.values["upscale_factor"]) ** 2
     dim = labels.dim() - 3
-    split = core(labels).unflatten(dim, (-1, factor)) if core(labels).shape[dim] > 1 else core(labels).unsqueeze(dim + 1)
+    split = core(labels)
+    shape = split.shape
+    many = shape[dim] > 1
+    split = split.reshape(*shape[:dim], -1, factor, *shape[dim + 1 :]) if many else split.unsqueeze(dim + 1)
     return call.tape.join_along(split, dim + 1).squeeze(dim + 1).expand(call.shape)
 
 

@@ -10,8 +10,15 @@ from penjing.network.labels import Slots, along, core, varying
 from penjing.network.rules.base import Call, rule
 
 
-@rule("batch_norm", "instance_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_batch_norm",
-      "cudnn_batch_norm", "_batch_norm_impl_index")  # fmt: skip
+@rule(
+    "batch_norm",
+    "instance_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "_batch_norm_impl_index",
+)
 def per_channel(call: Call) -> Any:
     """Statistics of one channel over samples and positions."""
     x = call.label("input")
@@ -62,13 +69,17 @@ def _like(call: Call, labels: Slots, x: Tensor) -> Tensor:
 def by_group(call: Call) -> Any:
     """Statistics over groups of channels: every group loses the same positions, or channels are groups of their own."""
     x = call.label("input")
-    groups = int(call.values.get("num_groups") or call.values.get("group"))
+    groups = int(call.values.get("num_groups") or call.values["group"])
     channels = x.shape[1]
     if [d for d in varying(x) if d != 1]:
         call.pin(x, f"{call.name} over channels in several dimensions")
     labels = core(x)
     if labels.shape[1] == channels and channels > groups:
-        vector = labels.reshape(-1) if labels.numel() == channels else labels.amax(tuple(d for d in range(x.dim()) if d != 1))
+        vector = (
+            labels.reshape(-1)
+            if labels.numel() == channels
+            else labels.amax(tuple(d for d in range(x.dim()) if d != 1))
+        )
         if groups > 1:
             call.tape.join_along(vector.reshape(groups, channels // groups), 0)
         call.tape.crossed(call.name, x)

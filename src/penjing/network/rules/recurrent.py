@@ -13,12 +13,17 @@ from penjing.network.rules.base import Call, opaque, rule
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(call: Call) -> Any:
-    """Every unit owns a row in each gate, a column of the recurrent weights and a place in the output, in all layers alike."""
+    """Every unit owns a row in each gate, a column of the recurrent weights and a place in the output, in all layers
+    alike."""
     tape = call.tape
     if "params" not in call.values or "batch_sizes" in call.values:
         return opaque(call)
     params = [tape.as_slots(t) for t in call.labels["params"]]
-    biased, layers, both = bool(call.values["has_biases"]), int(call.values["num_layers"]), bool(call.values["bidirectional"])
+    biased, layers, both = (
+        bool(call.values["has_biases"]),
+        int(call.values["num_layers"]),
+        bool(call.values["bidirectional"]),
+    )
     directions = 2 if both else 1
     each = len(params) // (layers * directions)
     if each != (4 if biased else 2):
