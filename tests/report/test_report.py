@@ -199,6 +199,14 @@ def test_a_regression_is_said_in_words(render: Any) -> None:
     assert "Do not deploy it there for speed" in text
 
 
+def test_a_busy_machine_is_named() -> None:
+    values = report()
+    assert words.warnings(values["targets"][0]) == []
+    values["result"]["latency_ms"]["p95"] = 12 * values["result"]["latency_ms"]["p50"]
+    (warning,) = words.warnings(values["targets"][0])
+    assert "The machine was busy while timing on openvino (slow runs took 12× the typical time)" in warning
+
+
 def test_names_of_others_stay_text() -> None:
     values = report()
     values["network"]["name"] = EVIL
@@ -283,5 +291,6 @@ def test_ratios_in_words(ratio: float, text: str) -> None:
 
 def test_times_and_sizes_in_words() -> None:
     assert [words.milliseconds(v) for v in (0.0812, 0.25, 3.456, None)] == ["81.2 µs", "250 µs", "3.46 ms", "–"]
+    assert [words.milliseconds(v, beside=(0.9, 1.2)) for v in (0.9, 1.2)] == ["0.900 ms", "1.20 ms"]
     assert [words.size(v) for v in (512, 22_700, 3_400_000)] == ["512 B", "22.7 kB", "3.40 MB"]
     assert [words.points(v) for v in (-0.004, 0.00001, 0.0123)] == ["−0.40", "±0.00", "+1.23"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from penjing.evaluation.constraints import is_fraction
@@ -11,6 +11,7 @@ from penjing.evaluation.constraints import is_fraction
 Values = Mapping[str, Any]
 MINUS = "−"
 SAME = 0.03
+_BUSY = 4.0
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -38,11 +39,12 @@ def size(value: float | None) -> str:
     return amount(value, "B")
 
 
-def milliseconds(value: float | None) -> str:
-    """Milliseconds, or microseconds below 1 ms."""
+def milliseconds(value: float | None, *, beside: Iterable[float | None] = ()) -> str:
+    """Milliseconds; microseconds where neither it nor any value that it stands ``beside`` reaches 1 ms."""
     if value is None:
         return "–"
-    return f"{number(value * 1e3)} µs" if value < 1 else f"{number(value)} ms"
+    small = max([value, *(other for other in beside if other is not None)]) < 1
+    return f"{number(value * 1e3)} µs" if small else f"{number(value)} ms"
 
 
 def metric_value(metric: Values | None) -> str:
@@ -154,7 +156,14 @@ def warnings(target: Values) -> list[str]:
         )
     for key, what in (("file", "file"), ("wire", "package"), ("memory", "peak memory")):
         if change.get(key) and change[key] > 1.03:
-            found.append(f"Its {what} is {change[key]:.2f}× larger than the baseline's.")
+            found.append(f"On {result['runtime']} its {what} is {change[key]:.2f}× larger than the baseline's.")
+    latencies = [m["latency_ms"] for m in (result, baseline) if m and m.get("latency_ms")]
+    spread = max((each["p95"] / each["p50"] for each in latencies if each["p50"]), default=1.0)
+    if spread > _BUSY:
+        found.append(
+            f"The machine was busy while timing on {result['runtime']} (slow runs took {spread:.0f}× the typical "
+            "time): trust the ratios, which were taken in turns, more than the milliseconds."
+        )
     found += _doubts(result, change)
     return found
 

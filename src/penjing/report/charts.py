@@ -17,12 +17,12 @@ def bars(target: Values, several: bool) -> list[Row]:
     if several:
         named.append(("best uncompressed", target["best_uncompressed"]))
     named.append(("result", target["result"]))
-    picked: list[tuple[str, str, Callable[[Values], Any], Callable[[Any], str]]] = [
-        ("Size on the wire", "shorter is better", lambda m: m.get("wire_bytes"), words.size),
-        ("Latency, typical", "shorter is better", lambda m: (m.get("latency_ms") or {}).get("p50"), words.milliseconds),
-        ("Throughput", "longer is better", lambda m: m.get("throughput_per_s"), lambda v: words.amount(v, "/s")),
-        ("Peak memory", "shorter is better", lambda m: m.get("peak_memory_bytes"), words.size),
-        ("Multiply-adds", "shorter is better", lambda m: m.get("macs"), words.amount),
+    picked: list[tuple[str, str, Callable[[Values], Any], Callable[[Any, list[Any]], str]]] = [
+        ("Size on the wire", "shorter is better", lambda m: m.get("wire_bytes"), _size),
+        ("Latency, typical", "shorter is better", lambda m: (m.get("latency_ms") or {}).get("p50"), _ms),
+        ("Throughput", "longer is better", lambda m: m.get("throughput_per_s"), lambda v, _: words.amount(v, "/s")),
+        ("Peak memory", "shorter is better", lambda m: m.get("peak_memory_bytes"), _size),
+        ("Multiply-adds", "shorter is better", lambda m: m.get("macs"), lambda v, _: words.amount(v)),
     ]
     charts = []
     for label, direction, read, show in picked:
@@ -30,12 +30,26 @@ def bars(target: Values, several: bool) -> list[Row]:
         longest = max((value for _, value in values if value), default=0)
         if not longest or any(value is None for _, value in values):
             continue
+        every = [value for _, value in values]
         lengths = [
-            {"name": name, "text": show(value), "width": round(100 * value / longest, 2), "is_result": name == "result"}
+            {
+                "name": name,
+                "text": show(value, every),
+                "width": round(100 * value / longest, 2),
+                "is_result": name == "result",
+            }
             for name, value in values
         ]
         charts.append({"label": label, "direction": direction, "bars": lengths})
     return charts
+
+
+def _size(value: float, every: list[Any]) -> str:
+    return words.size(value)
+
+
+def _ms(value: float, every: list[Any]) -> str:
+    return words.milliseconds(value, beside=every)
 
 
 def intervals(columns: Sequence[tuple[str, Values | None]]) -> Row | None:

@@ -129,12 +129,13 @@ def _rows(target: Values, columns: Sequence[Values]) -> list[Row]:
 def _latency_row(label: str, key: str, columns: Sequence[Values], change: Values, result: Values) -> Row:
     batch = result.get("latency_batch", 1)
     samples = "one sample" if batch == 1 else f"{batch} samples"
+    values = [(m.get("latency_ms") or {}).get(key) for m in columns]
     row: Row = {
         "label": label,
         "help": f"half of the runs with {samples} are faster (p50)"
         if key == "p50"
         else "19 of 20 runs are faster (p95)",
-        "cells": [{"text": words.milliseconds((m.get("latency_ms") or {}).get(key)), "more": ""} for m in columns],
+        "cells": [{"text": words.milliseconds(value, beside=values), "more": ""} for value in values],
         "change": "",
         "more": "",
         "tone": _SAME,
