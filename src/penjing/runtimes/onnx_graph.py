@@ -150,9 +150,11 @@ def _name_dimensions(model: Any, network: Network) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is None:
             continue
-        for dimension, now in enumerate(value.shape):
-            if isinstance(now, ir.SymbolicDim):
-                value.shape[dimension] = ir.SymbolicDim(named.get(now.value, None) if now.value else None)
+        sizes = [
+            ir.SymbolicDim(named.get(d.value) if d.value else None) if isinstance(d, ir.SymbolicDim) else d
+            for d in value.shape
+        ]
+        value.shape = ir.Shape(sizes)  # a new one: the shape that the exporter left may be frozen
 
 
 def _reason(error: Exception) -> str:
