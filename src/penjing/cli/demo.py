@@ -26,6 +26,7 @@ def demo(
     folder = output_folder(out)
     screen.say("[bold]penjing demo[/]: a network that reads handwritten digits, made smaller and faster\n")
     start = time.monotonic()
+    _tell(screen, start, "1. training the network on scikit-learn's digits; a fifth is held out to measure on")
 
     import torch
 
@@ -41,7 +42,6 @@ def demo(
     torch.set_num_threads(1)  # so small a network only waits for a second thread, long on a busy machine
     raw = pj.capture(DigitsNet(), inputs=(train.tensors[0][:2],), name="digits")
     teach = pj.Recipe(pj.Finetune(epochs=8, lr=0.1))
-    _tell(screen, start, f"1. training the network on {len(train)} digits ({len(test)} are held out to measure on)")
     original = pj.compress(raw, teach, data=train, task="classification", seed=seed, progress=screen).network
 
     recipe = pj.Recipe(

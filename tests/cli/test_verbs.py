@@ -1,0 +1,225 @@
+"""The verbs on real runtimes, on a network small enough to take a second; and what each refuses."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+SHAPE = ("--input-shape", "1x1x8x8")
+DATA = ("--data", "net.py:samples")
+
+
+def files(folder) -> set[str]:
+    return {p.name for p in folder.iterdir() if p.name != "__pycache__"}
+
+
+@pytest.fixture
+def quantize(desk):
+    (desk / "int8.yaml").write_text("steps:\n  - Quantize: {samples: 32}\n")
+    return "int8.yaml"
+
+
+# ------------------------------------------------------------------------------------------------- the journey
+@pytest.mark.slow
+def test_compress_then_everything_else(penjing, desk, quantize):
+    measured = ("--test", "net.py:samples", "--task", "classification", "--target", "onnxruntime")
+    done = penjing("compress", "net.py:build", *DATA, *measured, "--recipe", quantize, "--out", "small", "--json")
+    assert done.code == 0, done.err
+    report = done.json
+    assert report["schema"] == 1 and report["out"] == "small"
+    assert [s["name"] for s in report["steps"]] == ["Quantize"]
+    assert report["result"]["precision"] == "int8" and report["baseline"]["precision"] == "f32"
+    assert report["result"]["metric"]["n"] == 96
+    written = files(desk / "small")
+    assert {"report.json", "report.html", "report.md", "recipe.yaml", "provenance.json", "network.penjing"} <= written
+    assert json.loads((desk / "small" / "report.json").read_text())["result"] == report["result"]
+    assert yaml.safe_load((desk / "small" / "recipe.yaml").read_text())["steps"] == [{"Quantize": {"samples": 32}}]
+    assert "Traceback" not in done.err and "Warning" not in done.err
+    assert "before (f32)" in done.err and "after (int8)" in done.err
+
+    shown = penjing("inspect", "small", "--json")
+    assert shown.code == 0 and shown.json["report"]["result"] == report["result"]
+    assert any(t["dtype"] == "int8" for t in shown.json["network"]["tensors"])
+
+    packed = penjing("pack", "small", "again.penjing", "--json")
+    assert packed.code == 0 and packed.json["bytes"] == (desk / "again.penjing").stat().st_size
+    assert (desk / "again.penjing").read_bytes() == (desk / "small" / "network.penjing").read_bytes()
+
+    unpacked = penjing("unpack", "again.penjing", "again.safetensors", "--json")
+    assert unpacked.code == 0 and (desk / "again.safetensors").is_file()
+
+    deployed = penjing("deploy", "again.safetensors", "--target", "openvino", "--out", "ov", "--json")
+    assert deployed.code == 0, deployed.err
+    assert [a["runtime"] for a in deployed.json["artifacts"]] == ["openvino"]
+    assert deployed.json["artifacts"][0]["parity"]["max_abs"] >= 0
+    assert (desk / "ov" / deployed.json["artifacts"][0]["path"]).stat().st_size == deployed.json["artifacts"][0][
+        "bytes"
+    ]
+
+    compared = penjing(
+        "evaluate", "small", "again.penjing", *DATA, "--task", "classification", "--baseline", "net.py:build", "--json"
+    )
+    assert compared.code == 0, compared.err
+    assert [r["model"] for r in compared.json["reports"]] == ["small", "again.penjing"]
+    accuracies = {r["result"]["metric"]["value"] for r in compared.json["reports"]}
+    assert accuracies == {report["result"]["metric"]["value"]}
+
+
+def test_default_recipe_says_what_it_does(penjing, desk):
+    done = penjing("compress", "net.py:build", *DATA, "--json")
+    assert done.code == 0, done.err
+    assert [s["name"] for s in done.json["steps"]] == ["Quantize"]
+    assert "no --recipe" in done.err and "no --test" in done.err
+    assert done.json["out"] == "build-compressed" and (desk / "build-compressed" / "report.json").is_file()
+
+
+def test_a_network_without_baseline(penjing):
+    done = penjing("evaluate", "net.py:build", *DATA, "--task", "classification")
+    assert done.code == 0 and done.out == ""
+    assert "measured (f32)" in done.err and "On ONNX Runtime" in done.err
+
+
+def test_groups_are_shown(penjing):
+    done = penjing("inspect", "net.py:build", *SHAPE, "--groups", "--json")
+    assert done.code == 0
+    first = done.json["groups"][0]
+    assert "body.0.weight dim 0" in first and "body.3.weight dim 1" in first
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+COMPRESS = ("compress", "net.py:build", *DATA)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "hint"),
+    [
+        ("steps: [{PruneChannels: {ratio: 1.5}}]", "PruneChannels.ratio must be between 0 and 1, got 1.5", ""),
+        ("steps: [{PruneChannels: {ratoi: 0.5}}]", "PruneChannels has no field 'ratoi'", "did you mean 'ratio'?"),
+        ("steps: [{PruneChanels: {ratio: 0.5}}]", "'PruneChanels'", "did you mean 'PruneChannels'?"),
+        ("steps: [{Finetune: {epochs: many}}]", "Finetune.epochs must be", ""),
+        ("steps: {", "not valid YAML", ""),
+        ("- PruneChannels", "a recipe is a mapping", "steps"),
+    ],
+)
+def test_bad_recipes(penjing, desk, recipe, error, hint):
+    (desk / "recipe.yaml").write_text(recipe)
+    before = files(desk)
+    done = penjing(*COMPRESS, "--recipe", "recipe.yaml")
+    lines = done.err.splitlines()
+    assert done.code == 2 and done.out == "" and len(lines) == 2, done.err
+    assert lines[0].startswith("error: ") and error in lines[0] and hint in lines[1]
+    assert files(desk) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "hint"),
+    [
+        (("compress", "net.py:build", "--data", "net.py:wrong_shape"), "", ""),
+        (("compress", "net.py:build", "--data", "net.py:empty"), "empty", ""),
+        (("compress", "net.py:build", "--data", "net.py:not_samples"), "got int", "(inputs, labels)"),
+        (("compress", "net.py:build", "--data", "net.py:raises"), "ValueError: the weights are on another disk", ""),
+        (("compress", "net.py:build", "--data", "net.py:smples"), "'smples'", "did you mean 'samples'"),
+        (("compress", "net.py:build", "--data", "nothing.npz"), "no file nothing.npz", ""),
+        ((*COMPRESS, "--task", "clasification"), "'clasification'", "did you mean 'classification'?"),
+        ((*COMPRESS, "--target", "openvin"), "'openvin'", "did you mean 'openvino'?"),
+        ((*COMPRESS, "--target", "openvino:thread=2"), "'thread'", "did you mean 'threads'?"),
+        ((*COMPRESS, "--target", "openvino:threads=0"), "threads", ""),
+        ((*COMPRESS, "--recipe", "nothing.yaml"), "no recipe nothing.yaml", ""),
+        ((*COMPRESS, "--out", "net.py"), "not a folder", "--out"),
+        ((*COMPRESS, "--out", "thesis"), "holds other files", "--out"),
+        ((*COMPRESS, "--out", "net.py/out"), "not a folder", "another place"),
+        ((*COMPRESS, "--out", "/proc/out"), "cannot write /proc/out", "another place"),
+        (("evaluate", "net.py:build", "--data", "net.py:wrong_shape"), "", ""),
+        (("evaluate", "net.py:build", *DATA, "--baseline", "net.py:bild"), "'bild'", "did you mean 'build'?"),
+        (("evaluate", "net.py:build", "--data", "net.py:wrong_labels", "--task", "classification"), "label", ""),
+        (("deploy", "net.py:build", *SHAPE, "--target", "tflite"), "'tflite'", "openvino"),
+        (("deploy", "net.py:build", *SHAPE, "--out", "thesis"), "holds other files", "--out"),
+        (("pack", "net.py:build", "net.zip", *SHAPE), "must end in .penjing", "net.penjing"),
+        (("pack", "net.py:build", "thesis", *SHAPE), "is a folder", ""),
+        (("unpack", "net.py", "net.safetensors"), "not a package", ".penjing"),
+        (("unpack", "nothing.penjing", "net.safetensors"), "no file nothing.penjing", ""),
+        (("unpack", "nothing.penjing", "net.pt"), "must end in .safetensors", ""),
+        (("demo", "--out", "thesis"), "holds other files", "--out"),
+    ],
+)
+def test_bad_arguments(penjing, desk, quantize, args, error, hint):
+    (desk / "thesis").mkdir()
+    (desk / "thesis" / "chapter1.tex").write_text("years of work")
+    with (desk / "net.py").open("a") as file:
+        file.write("\n\ndef wrong_labels():\n    return TensorDataset(torch.rand(8, 1, 8, 8), torch.full((8,), 9))\n")
+    before = files(desk)
+    if args[0] == "compress" and "--recipe" not in args:
+        args = (*args, "--recipe", quantize)
+    done = penjing(*args)
+    lines = done.err.splitlines()
+    assert done.code == 2 and done.out == "", done.err
+    assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("hint: "), done.err
+    assert error in lines[0] and hint in lines[1], done.err
+    assert files(desk) == before and files(desk / "thesis") == {"chapter1.tex"}
+
+
+def test_a_folder_that_may_not_be_written(penjing, desk):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    (desk / "locked").mkdir(mode=0o500)
+    done = penjing("pack", "net.py:build", "locked/net.penjing", *SHAPE)
+    assert done.code == 2 and "cannot write locked/net.penjing: permission denied" in done.err
+
+
+@pytest.mark.parametrize("args", [("pack", "net.py:build", "big.penjing"), ("deploy", "net.py:build", "--out", "big")])
+def test_a_disk_that_fills_up_leaves_nothing(desk, args):
+    """A limit on file size stands for the full disk: the same kind of error at the same place."""
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+
+    command = [sys.executable, "-B", "-m", "penjing", *args, *SHAPE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=desk, preexec_fn=small_disk, timeout=300)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert done.stdout == "" and len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("hint: ")
+    assert files(desk) == {"net.py", "samples.npz"}
+
+
+def test_doctor_tries_every_runtime(penjing):
+    done = penjing("doctor", "--json")
+    assert done.code == 0, done.err
+    checks = {c["name"]: c for c in done.json["checks"]}
+    assert {"core", "torch", "onnxruntime", "openvino"} <= set(checks)
+    assert all(c["ok"] for c in checks.values()), checks
+    assert done.json["packages"]["torch"].startswith("2.13")
+
+
+def test_doctor_names_the_command_for_what_is_missing(penjing, monkeypatch):
+    from penjing.runtimes import RUNTIMES
+
+    monkeypatch.setattr(type(RUNTIMES.get("openvino")), "available", classmethod(lambda cls: False))
+    done = penjing("doctor")
+    assert done.code == 0
+    assert "openvino: not installed" in done.err and "pip install 'penjing[openvino]'" in done.err
+
+
+def test_a_missing_runtime_is_told_before_the_work(penjing, desk, quantize, monkeypatch):
+    from penjing.runtimes import RUNTIMES
+
+    monkeypatch.setattr(type(RUNTIMES.get("openvino")), "requires", "no_such_package")
+    done = penjing(*COMPRESS, "--recipe", quantize, "--target", "openvino")
+    assert done.code == 2 and "not installed" in done.err and "pip install 'penjing[openvino]'" in done.err
+
+
+@pytest.mark.slow
+def test_demo(penjing, desk):
+    done = penjing("demo", "--out", "show", "--json")
+    assert done.code == 0, done.err
+    report = done.json
+    assert [t["result"]["runtime"] for t in report["targets"]] == ["onnxruntime", "openvino"]
+    assert all(t["result"]["precision"] == "int8" for t in report["targets"])
+    assert report["baseline"]["metric"]["value"] > 0.95 and report["result"]["metric"]["value"] > 0.94
+    assert report["result"]["wire_bytes"] * 8 < report["baseline"]["wire_bytes"]
+    assert files(desk / "show") == {"bundle", "digits.penjing", "original.penjing"}
+    assert "What to try next" in done.err
+    assert penjing("inspect", "show/digits.penjing").code == 0
