@@ -158,3 +158,20 @@ def test_fields_are_checked(fields: dict[str, object], message: str) -> None:
 def test_it_reads_and_writes_itself(tmp_path: object) -> None:
     recipe = Recipe(Finetune(epochs=0.5, teacher="original", augment="flip-crop"))
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_a_network_of_one_batch_size_says_which() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.reshape(8, 4))
+
+    fixed = capture(Fixed(), inputs=(torch.rand(8, 4),))
+    data = Data((torch.rand(20, 4), torch.arange(20) % 2))
+    here = Context(original=fixed, data=data, task=get_task("classification"))
+    with pytest.raises(RecipeError, match="batch_size must be 8, got 64"):
+        Finetune().plan(fixed, here)
+    assert Finetune(batch_size=8, epochs=1, lr=0.1).plan(fixed, here).edits

@@ -108,7 +108,7 @@ def test_refitting_helps_on_samples_it_never_saw(network: Network) -> None:
 
 
 def test_norms_keep_the_true_statistics(network: Network) -> None:
-    """A refitted layer does nearly the same in training mode, because its norm's statistics are those of the samples."""
+    """A refitted layer does nearly the same in training mode: its norm's statistics are those of the samples."""
     removals = [RemoveChannels(parameter="first.1.weight", dim=0, indices=(0, 2, 3))]
     given = samples(network)
     again = refitted(network, removals, given)

@@ -66,7 +66,9 @@ def test_elimination_reports_the_true_error_and_the_best_weights() -> None:
     gone: list[int] = []
     for count, unit in enumerate(got.order[:-1], 1):
         best = min(
-            loss_without(gram, weight, gone + columns[u].tolist()) for u in range(units) if u not in got.order[: count - 1]
+            loss_without(gram, weight, gone + columns[u].tolist())
+            for u in range(units)
+            if u not in got.order[: count - 1]
         )
         gone += columns[unit].tolist()
         assert got.errors[count] == pytest.approx(loss_without(gram, weight, gone), rel=1e-4)

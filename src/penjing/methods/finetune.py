@@ -96,6 +96,12 @@ class Finetune(Step):
             raise RecipeError(
                 "Finetune cannot train a network that is already quantized", hint="put Finetune before Quantize"
             )
+        if not network.batch_is_dynamic and network.inputs[0].shape[0] != self.batch_size:
+            fixed = network.inputs[0].shape[0]
+            raise RecipeError(
+                f"Finetune.batch_size must be {fixed}, got {self.batch_size}: {network.name} takes no other number",
+                hint="capture the network with a batch size that may change",
+            )
         if self.teacher is None:
             if context.task is None:
                 raise RecipeError(
@@ -117,7 +123,8 @@ class Finetune(Step):
         """Batches (inputs, labels, teacher's answer or None) of an epoch, and whether the answers are in them."""
         seed = context.seed
         cached = None
-        if teacher is not None and self.augment is None and self.epochs > 1 and _fits_in_memory(data):
+        free = context.original.batch_is_dynamic
+        if teacher is not None and self.augment is None and self.epochs > 1 and free and _fits_in_memory(data):
             cached = _answers(data, teacher, fast, context.progress)
 
         def of_epoch(epoch: int) -> Iterator[Batch]:
@@ -128,7 +135,7 @@ class Finetune(Step):
                 else ((x, y, None) for x, y in data.batches(self.batch_size, shuffle=True, seed=seed * 7919 + epoch))
             )
             for number, (inputs, labels, answer) in enumerate(whole):
-                if number and _size(inputs) == 1:
+                if (number and _size(inputs) == 1) or (not free and _size(inputs) != self.batch_size):
                     continue  # one sample has no variance: it would spoil the statistics of batch norms
                 if self.augment is not None:
                     inputs = pytree.tree_map(lambda x: augment(x, self.augment or "", generator), inputs)

@@ -107,6 +107,9 @@ class PruneChannels(Step):
             readers = {
                 m.parameter for r in ranked if kept_counts[r.group.name] < r.group.size for m in r.group.consumers
             }
+            # Where single weights are pinned to zero, a dense fit would be cut to pieces: those layers stay as they
+            # are.
+            readers -= set(network.masks)
             refit = reconstruct(network, pruned, kept, batches, only=readers, progress=context.progress)
             edits += [SetWeights(parameter=name, value=value) for name, value in refit.tensors.items()]
         after = footprint(pruned)
@@ -135,8 +138,10 @@ class PruneChannels(Step):
         if count < self.samples:
             notes.append(f"{count} samples instead of {self.samples}, to fit in memory")
         batch = max(1, min(100, (1 << 24) // max(size.largest, 1)))
-        drawn = context.data.batches(batch, shuffle=True, seed=context.seed, limit=count)
-        return [network.bind(inputs) for inputs, _ in drawn]
+        fixed = None if network.batch_is_dynamic else network.inputs[0].shape[0]
+        drawn = context.data.batches(fixed or batch, shuffle=True, seed=context.seed, limit=count)
+        bound = (network.bind(inputs) for inputs, _ in drawn)
+        return [b for b in bound if fixed is None or b[network.inputs[0].name].shape[0] == fixed]
 
     # ------------------------------------------------------------------------------------------------------------ which
     def _rank(
@@ -151,9 +156,12 @@ class PruneChannels(Step):
         gradients = _gradients(network, context.data, context) if self.criterion in NEED_GRADIENTS else {}
         gains = _gains(network)
         weights = [m.parameter for g in groups for m in g.consumers]
-        seen = watch_inputs(network, weights, batches, context.progress) if batches else {}
         by_cost = self.keep_macs is not None or self.keep_params is not None
+        watch = bool(batches) and (by_cost or self.criterion == ELIMINATION)
+        seen = watch_inputs(network, weights, batches, context.progress) if watch else {}
         looked_at = _first(batches, int(_SENSITIVITY_WORK / max(size.macs * len(groups), 1)))
+        if batches and not network.batch_is_dynamic:
+            looked_at = batches[0]
         wanted = network.run(looked_at) if by_cost and batches else ()
         ranked = []
         with context.progress.task("judging channels", len(groups)) as advance:
@@ -189,7 +197,9 @@ class PruneChannels(Step):
             free = self.criterion == ELIMINATION
             gone = eliminate_units(readers, 1, half, None if free else order)
             order, errors = gone.order, [*gone.errors, gone.errors[-1]]
-            if self.reconstruct:
+            # A reader that could not be watched would still read what is to go: then the units are silenced where
+            # they are made.
+            if self.reconstruct and {r.layer.weight for r in readers} == {m.parameter for m in group.consumers}:
                 trial = without_units(readers, gone.weights[half], tensors)
         if not wanted:
             return _Ranked(group, order, errors)
@@ -375,5 +385,7 @@ def _first(batches: Sequence[dict[str, Tensor]], samples: int) -> dict[str, Tens
     """About `samples` samples (at least 4, at most 256) as one batch."""
     if not batches:
         return {}
-    whole = {name: torch.cat([b[name] for b in batches[:3]]) for name in batches[0]}
+    shapes = [{name: value.shape[1:] for name, value in b.items()} for b in batches[:3]]
+    alike = [b for b, shape in zip(batches, shapes, strict=False) if shape == shapes[0]]
+    whole = {name: torch.cat([b[name] for b in alike]) for name in batches[0]}
     return {name: value[: max(4, min(256, samples))] for name, value in whole.items()}

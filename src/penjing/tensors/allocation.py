@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 Counts = Mapping[str, int]  #: group → units that stay
@@ -68,13 +68,13 @@ def greedy(
     models: Sequence[tuple[CostModel, float]],
     round_to: int | None,
     minimum: int,
-    accept: Callable[[float], None] = lambda share: None,
 ) -> dict[str, int]:
     """Take units one step at a time where the error rises least for what is saved, until every cost is at its limit.
 
     `errors[group][i]` is the error with i units gone (not falling); `models` are (cost, limit) pairs, and a saving
-    counts relative to what each cost still has to lose. Groups shrink in steps that end on multiples of `round_to`.
-    Stops early when nothing is left to take; the caller sees by the model whether the limits were reached.
+    counts relative to what each cost has to lose in all, and the more of that is left the more. Groups shrink in
+    steps that end on multiples of `round_to`. Stops early when nothing is left to take; the caller sees by the model
+    whether the limits were reached.
     """
     gone = dict.fromkeys(sizes, 0)
     totals = [model.total(gone) for model, _ in models]
@@ -93,9 +93,11 @@ def greedy(
         if after < max(minimum, 1, round_to or 1) or after >= left:
             return None
         more = left - after
+        now = excess()
+        most = max(now)
         saved = sum(
-            model.saving(gone, group, more) / max(start - limit, 1e-12)
-            for (model, limit), start, over in zip(models, starts, excess(), strict=True)
+            over / most * model.saving(gone, group, more) / max(start - limit, 1e-12)
+            for (model, limit), start, over in zip(models, starts, now, strict=True)
             if over > 0
         )
         if saved <= 0:
@@ -118,6 +120,5 @@ def greedy(
             continue
         gone[group] += now[1]
         totals = [model.total(gone) for model, _ in models]
-        accept(max(excess()))
         heapq.heappush(heap, (now[0], group))
     return {g: sizes[g] - gone[g] for g in sizes}
