@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from penjing.errors import PackageError
-from penjing.package import decode, encode
+from penjing.package import contents, decode, encode
 
 SECONDS = 5  # no single input may take longer
 
@@ -35,6 +35,10 @@ def mutated(data, rng):
 
 def outcome(data):
     began = time.monotonic()
+    try:
+        contents.describe(data)
+    except PackageError:
+        pass
     try:
         return decode(data)
     except PackageError as error:

@@ -168,9 +168,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, small, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_writing_where_no_folder_is(tmp_path, small):
-    with pytest.raises(OutputError, match="could not be written"):
-        write(tmp_path / "none" / "net.penjing", *small)
+def test_writing_where_no_file_can_be(tmp_path, small):
+    (tmp_path / "folder").mkdir()
+    for name in ("none/net.penjing", "folder", "", "n" * 300, "nul\0l"):
+        with pytest.raises(OutputError, match="could not be written"):
+            write(str(tmp_path / name) if name else "", *small)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, small, monkeypatch):
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archive.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "net.penjing", *small)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,22 +112,19 @@ def write(
     """Writes a package and returns its bytes; the file appears whole or not at all. Raises OutputError, InputError."""
     data = encode(topology, arrays, metadata=metadata, progress=progress)
     path = Path(path)
-    aside: str | None = None
     try:
-        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(aside, 0o666 & ~mask)
-        os.replace(aside, path)
-    except OSError as error:
-        if aside is not None:
-            Path(aside).unlink(missing_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        try:
+            with aside.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
         raise OutputError(
-            f"{path} could not be written: {error.strerror or error}",
+            f"{path} could not be written: {getattr(error, 'strerror', None) or error}",
             hint=f"{len(data)} bytes are needed in a folder that can be written to",
         ) from error
     return len(data)

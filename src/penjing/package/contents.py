@@ -96,7 +96,11 @@ class Contents:
 
 def inspect(path: str | os.PathLike[str]) -> Contents:
     """The inventory of a file, its digests checked, without decoding a tensor. Raises PackageError."""
-    data = load(path)
+    return describe(load(path))
+
+
+def describe(data: bytes) -> Contents:
+    """The inventory of a package in memory."""
     header, index, payloads = open_bytes(data)
     coded = [0] * len(index.tensors)
     codec = [set[str]() for _ in index.tensors]
