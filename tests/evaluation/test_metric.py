@@ -110,6 +110,10 @@ def test_fidelity_of_other_outputs_is_relative_error() -> None:
     assert not found.metric().higher_is_better
     masked = np.array([[1.0, -np.inf], [2.0, -np.inf]], dtype=np.float32)
     assert compare_outputs([masked], [masked]).relative_error.max() == 0
+    hidden, logits = images.reshape(5, -1), images.reshape(5, -1)[:, :4]
+    found = compare_outputs([hidden, logits], [hidden, -logits], names=("hidden", "logits"))
+    assert found.agreement.max() == 0
+    assert compare_outputs([hidden, logits], [hidden, -logits]).agreement.min() == 1
     integers = compare_outputs([np.array([[1, 2], [3, 4]])], [np.array([[1, 2], [3, 5]])])
     np.testing.assert_array_equal(integers.agreement, [1.0, 0.5])
 

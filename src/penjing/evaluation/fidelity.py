@@ -61,9 +61,13 @@ class Agreement:
         }
 
 
-def compare_outputs(reference: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]) -> Agreement:
-    """Compare flat outputs of one batch, batch first; the first floating output is the main one (else the first)."""
+def compare_outputs(
+    reference: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]], *, names: Sequence[str] = ()
+) -> Agreement:
+    """Compare flat outputs of one batch, batch first; the main one is ``logits``, else the first of floats."""
     main = next((i for i, array in enumerate(reference) if np.issubdtype(array.dtype, np.floating)), 0)
+    if "logits" in names:
+        main = list(names).index("logits")
     before, after = np.asarray(reference[main]), np.asarray(outputs[main])
     n = before.shape[0] if before.ndim else 1
     flat_before = before.reshape(n, -1).astype(np.float64)

@@ -85,7 +85,7 @@ def score(
                 outputs = {name: _checked(run(arrays), name, network, seen, n) for name, run in runs.items()}
                 against = outputs[reference] if reference else _own(network, bound, n)
                 for name, found in outputs.items():
-                    collected[name].fidelity.append(compare_outputs(against, found))
+                    collected[name].fidelity.append(compare_outputs(against, found, names=network.output_names))
                     if task is not None:
                         collected[name].scores.append(_scores(task, network, found, part_labels, n))
                 seen += n
