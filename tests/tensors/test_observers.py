@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from penjing.tensors.grids import RANGES, Ranges, affine_grid, fake_quantize
+from penjing.tensors.grids import RANGES, Ranges, affine_grid, fake_quantize, sqnr
 from penjing.tensors.observers import BINS, Observer
 
 
@@ -87,3 +87,11 @@ def test_constant_values() -> None:
     for value in (0.0, 3.0, -1e-20):
         for ranges in RANGES:
             assert watch(torch.full((10,), value)).range(ranges) == (pytest.approx(value), pytest.approx(value))
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+def test_a_peak_at_zero_does_not_ruin_the_range(ranges: Ranges) -> None:
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(5)).relu()  # half of it exactly zero
+    low, high = watch(x).range(ranges)
+    grid = affine_grid(torch.tensor(low), torch.tensor(high), -128, 127)
+    assert sqnr(x, fake_quantize(x, grid)) > 30.0

@@ -1,4 +1,4 @@
-"""Quantizers behind operators that only move values: ONNX Runtime fuses "dequantize → operator → quantize" and nothing less."""
+"""Quantizers behind operators that only move values: ONNX Runtime fuses "dequantize → operator → quantize", no less."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def constant(value: Any) -> Array | None:
 
 
 def carry_grids(graph: Any) -> None:
-    """Puts the inputs' own grid behind every view and concatenation: rounding there changes nothing, so this is exact."""
+    """Puts the inputs' own grid behind every view and concatenation; rounding there changes nothing."""
     import onnx_ir as ir
 
     outputs = set(graph.outputs)
@@ -52,7 +52,8 @@ def carry_grids(graph: Any) -> None:
         real = ir.Node("", "DequantizeLinear", [quantized.outputs[0], *grid], name=f"{made.name}_dequantize")
         for fresh, word, kind in ((quantized, "quantized", grid[1].type), (real, "dequantized", made.type)):
             fresh.outputs[0].name = f"{made.name}_{word}"
-            fresh.outputs[0].type, fresh.outputs[0].shape = kind, made.shape
+            fresh.outputs[0].type = kind
+            fresh.outputs[0].shape = None if made.shape is None else ir.Shape(list(made.shape))
         for user, index in users:
             user.replace_input_with(index, real.outputs[0])
         graph.insert_after(node, [quantized, real])
