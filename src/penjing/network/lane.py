@@ -67,7 +67,7 @@ class Lane:
         if node.op == "get_attr":
             return
         if node.op == "placeholder":
-            results: list[Any] = [batch[str(node.target)] for batch in self._batches]
+            results: list[Any] = [batch[node.name] for batch in self._batches]
         else:
             results = [self._call(node, index) for index in range(len(self._batches))]
         self._values[node] = results
