@@ -91,6 +91,7 @@ def _summary(targets: list[dict[str, Any]]) -> Table:
     from penjing.cli import views
 
     made = table("What came of it")
+    made.caption, made.caption_justify = "f32: numbers of 32 bits; int8: whole numbers of 8 bits", "left"
     for column in ("", "before", "after", "change"):
         made.add_column(column, justify="right" if column in ("before", "after") else "left")
     for line in views.lines(targets[0]):

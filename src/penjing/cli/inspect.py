@@ -69,8 +69,7 @@ def inspect(
     if groups:
         found["groups"] = [str(g) for g in network.groups()]
         screen.say("[bold]Channel groups[/]")
-        for text in found["groups"]:
-            screen.line(text)
+        screen.line(str(network.groups()))
     screen.emit(found)
     return 0
 
