@@ -110,7 +110,7 @@ def duplicated(case: Case, seed: int = 0) -> tuple[fx.GraphModule, fx.GraphModul
         tied = any("consumer" in m.roles and "producer" in m.roles for m in group.members)
         if (case.name, group.name) in SUMMED:
             continue
-        if tied or group.size < 2 or not group.consumers or "weight_norm" in str(group.inexact):
+        if tied or group.size < 2 or not group.consumers or "weight" in str(group.inexact):
             continue
         pairs = chosen(group, seed)
         removals.append(removal(group, [gone for gone, _ in pairs]))

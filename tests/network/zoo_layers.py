@@ -203,32 +203,6 @@ def generator():
     ), (torch.randn(2, 6),)
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.Module], **more: Any) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 6)
-        self.rnn = kind(6, 8, batch_first=True, **more)
-        self.head = nn.Linear(16 if more.get("bidirectional") else 8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(self.embed(x))[0][:, -1])
-
-
-@entry
-def lstm():
-    return Recurrent(nn.LSTM, num_layers=2, bidirectional=True), (torch.randint(0, 20, (2, 5)),)
-
-
-@entry
-def gru():
-    return Recurrent(nn.GRU), (torch.randint(0, 20, (2, 5)),)
-
-
-@entry
-def rnn():
-    return Recurrent(nn.RNN), (torch.randint(0, 20, (2, 5)),)
-
-
 @entry
 def pixel_shuffle():
     return nn.Sequential(
@@ -371,3 +345,22 @@ class Mixer(nn.Module):
 @entry
 def mixer():
     return Mixer(), (torch.randn(2, 5, 6),)
+
+
+class ChannelAndSpatialGate(nn.Module):
+    """CBAM: the mean and the maximum over channels steer a gate over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gate = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1)
+        self.b, self.slope, self.head = nn.Conv2d(8, 12, 3), nn.PReLU(12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x * torch.sigmoid(self.gate(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)))
+        return self.head(self.slope(self.b(x)).mean((2, 3)))
+
+
+@entry
+def cbam():
+    return ChannelAndSpatialGate(), (torch.randn(IMAGE),)

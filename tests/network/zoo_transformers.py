@@ -289,3 +289,31 @@ def wav2vec2():
         )
     )
     return Pick(model.eval(), "input_values"), (torch.randn(2, 96),)
+
+
+@entry
+def bloom():
+    return words(
+        hf.BloomForCausalLM(
+            hf.BloomConfig(
+                vocab_size=40, hidden_size=16, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0
+            )
+        ),
+        use_cache=False,
+    )
+
+
+@entry
+def gemma3():
+    return words(
+        hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(vocab_size=40, head_dim=4, num_key_value_heads=1, **SMALL)),
+        use_cache=False,
+    )
+
+
+@entry
+def bit():
+    config = hf.BitConfig(
+        embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_groups=4, layer_type="preactivation", num_labels=3
+    )
+    return images(hf.BitForImageClassification(config))

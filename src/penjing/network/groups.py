@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 _ROLES: tuple[Role, ...] = ("producer", "consumer", "other")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
     """One dimension of one parameter (or buffer) in a group.
 
@@ -43,7 +43,7 @@ class Member:
     roles: tuple[Role, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Units of the same making, each a set of positions in several parameters that can only be removed together.
 

@@ -263,20 +263,19 @@ class Tape:
         """Labels of a reduction over `dims` (kept with size 1)."""
         over = varying(labels)
         crossing = [d for d in dims if d in over]
+        full = [1 if d in dims else n for d, n in enumerate(labels.shape)]
+        if len(crossing) == len(over) > 0:
+            return free(full)
         labels = core(labels)
-        for d in dims:
-            if labels.size(d) > 1 and len(crossing) == 0:
-                labels = labels.narrow(d, 0, 1)
         if not crossing:
-            return labels
-        shape = [1 if d in dims else n for d, n in enumerate(labels.shape)]
-        if len(crossing) == len(over):
-            return free(shape)
-        result = self.fresh(shape)
+            return labels.expand(full)
+        result = self.fresh([1 if d in dims else n for d, n in enumerate(labels.shape)])
         self.collapse(labels, crossing, result)
-        return result
+        return result.expand(full)
 
-    def combine(self, operands: Sequence[Tensor], shape: Sequence[int], node: str, operator: str) -> Tensor:
+    def combine(
+        self, operands: Sequence[Tensor], shape: Sequence[int], node: str, operator: str, static: bool = False
+    ) -> Tensor:
         """Labels of an elementwise operation with broadcasting."""
         ndim = len(shape)
         known = [aligned(labels, ndim) for labels in operands if not is_free(labels)]
@@ -304,4 +303,9 @@ class Tape:
                 self.collapse(result, blocked, labels)
             else:
                 self.pin(labels, f"{operator} broadcasts a single channel", node)
-        return compact(result.expand(tuple(shape)))
+        result = compact(result.expand(tuple(shape)))
+        if not static and 0 in varying(result):
+            wide = [t for t in operands if is_free(t) and t.dim() == ndim and t.size(0) == shape[0]]
+            if wide:  # the batch is in this dimension too, so that no fixed positions of the constant could be kept
+                self.pin(result, f"{operator} adds a computed constant over batch and channels", node)
+        return result

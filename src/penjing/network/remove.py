@@ -57,7 +57,7 @@ def remove(graph_module: fx.GraphModule, groups: Groups, removals: Sequence[tupl
     except (RuntimeError, IndexError, ValueError) as error:
         try:  # a batch size written into the graph
             graph, extra = _Shrinker(graph_module, groups, gone, tensors, new, groups.example).run()
-        except (RuntimeError, IndexError, ValueError):
+        except (RuntimeError, IndexError, ValueError, EditError):
             raise EditError(f"the network does not run without these channels: {str(error).splitlines()[0]}") from error
     new.update(extra)
     read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
@@ -95,6 +95,7 @@ class _Shrinker:
         self.source, self.groups, self.gone = graph_module.graph, groups, gone
         self.tensors, self.new, self.inputs = tensors, new, inputs
         self.graph = fx.Graph()
+        self.names = {node.name for node in self.source.nodes}
         self.extra: dict[str, Tensor] = {}
         self.copies: dict[fx.Node, fx.Node] = {}
         self.before: dict[fx.Node, tuple[int, ...] | None] = {}
@@ -178,8 +179,17 @@ class _Shrinker:
     def insert(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node at the end of the graph so far, run at once."""
         copy = self.graph.call_function(target, args, kwargs)
+        copy.name = self.unused_name(f"{copy.name}_kept")
         self.evaluate(copy)
         return copy
+
+    def unused_name(self, stem: str) -> str:
+        """A name that no node of the old graph has: nodes that are copied keep theirs."""
+        name, number = stem, 1
+        while name in self.names:
+            name, number = f"{stem}_{number}", number + 1
+        self.names.add(name)
+        return name
 
     def constant(self, stem: str, value: Tensor) -> fx.Node:
         """A new stored tensor."""
@@ -188,5 +198,6 @@ class _Shrinker:
             name += "_"
         self.extra[name] = value
         copy = self.graph.get_attr(name)
+        copy.name = self.unused_name(copy.name)
         self.after[copy] = value
         return copy

@@ -80,7 +80,7 @@ class Resizing:
         """What an argument, or the result, keeps."""
         return self.shrinker.kept(self.node if argument is None else self.args[argument])
 
-    def make(self, target: Any = None, **changed: Any) -> fx.Node:
+    def make(self, target: Any = None, /, **changed: Any) -> fx.Node:
         """The call in the new graph, with some arguments replaced (by new nodes or plain values)."""
         args = {k: fx.map_arg(v, lambda n: self.shrinker.copies[n]) for k, v in self.args.items()} | changed
         operator_called: Any = target or self.node.target
@@ -125,6 +125,13 @@ def pointwise(call: Resizing) -> fx.Node | None:
     copy = call.shrinker.graph.node_copy(call.node, lambda n: fitted[n])
     call.shrinker.evaluate(copy)
     return copy
+
+
+@resize("baddbmm", "addmm", "addbmm")
+def added(call: Resizing) -> fx.Node | None:
+    """A constant that is added to a product (ALiBi slopes) loses what the product loses."""
+    bias = call.fitted(call.args["self"])
+    return None if bias is call.shrinker.copies[call.args["self"]] else call.make(self=bias)
 
 
 @resize("cat", "stack")
@@ -342,22 +349,16 @@ def pad(call: Resizing) -> fx.Node | None:
     return call.make(pad=amounts)
 
 
-@resize("lstm", "gru", "rnn_tanh", "rnn_relu")
+@resize("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def states(call: Resizing) -> fx.Node | None:
     """Initial states that are constants lose the units that go."""
-    params = call.args["params"]
-    size = call.shrinker.groups.shapes[params[1].name][1]
-    gone = (
-        call.shrinker.gone[call.shrinker.groups.classes_of(str(params[1].target), 1)]
-        if params[1].op == "get_attr"
-        else None
-    )
-    if gone is None or not gone.any():
+    back = call.args["w_hh"] if "w_hh" in call.args else call.args["params"][1]
+    size = call.shrinker.groups.shapes[back.name][1]
+    classes = call.shrinker.groups.classes_of(str(back.target), 1) if back.op == "get_attr" else None
+    if classes is None or not call.shrinker.gone[classes].any():
         return None
-    kept = np.flatnonzero(~gone)
+    kept = np.flatnonzero(~call.shrinker.gone[classes])
     hx = call.args["hx"]
     given = list(hx) if isinstance(hx, list | tuple) else [hx]
-    cut = [
-        _cut(call, n, 2 if call.shrinker.after[call.shrinker.copies[n]].dim() == 3 else 1, size, kept) for n in given
-    ]
+    cut = [_cut(call, n, call.shrinker.after[call.shrinker.copies[n]].dim() - 1, size, kept) for n in given]
     return call.make(hx=cut if isinstance(hx, list | tuple) else cut[0])

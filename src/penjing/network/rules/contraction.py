@@ -195,6 +195,7 @@ def attention(call: Call) -> Tensor:
     if call.values.get("enable_gqa"):
         times = q.shape[-3] // k.shape[-3]
         k, v = k.repeat_interleave(times, -3), v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+    k, v = (t.expand(*q.shape[:-2], *t.shape[-2:]) for t in (k, v))
     batch = "abcdefghij"[: q.dim() - 2]
     shape = (*call.shape[:-1], k.shape[-2])
     scores = contract(call, q, batch + "lk", k, batch + "sk", batch + "ls", shape)

@@ -24,7 +24,7 @@ def pointwise(call: Call) -> Labels:
         t if isinstance(t, Tensor) else mask_elements(call.tape, t, widest if widest is not None else free(()))
         for t in known
     ]
-    return call.tape.combine(operands, call.shape, call.node.name, call.name)
+    return call.tape.combine(operands, call.shape, call.node.name, call.name, call.static)
 
 
 def _weights(call: Call, known: list[Labels]) -> Slots:
@@ -268,6 +268,15 @@ def weight_norm(call: Call) -> Any:
         else:
             call.tape.crossed(call.name, call.tape.axis(v, d))
     return (v, g) if isinstance(call.result, tuple) else v
+
+
+@rule("prelu")
+def prelu(call: Call) -> Tensor:
+    """One slope for all channels, or one a channel."""
+    x, slopes = call.label("self"), call.label("weight")
+    if slopes.numel() > 1:
+        slopes = slopes.reshape(1, -1, *[1] * (x.dim() - 2))
+    return call.tape.combine([x, slopes], call.shape, call.node.name, call.name)
 
 
 @rule("glu")

@@ -20,7 +20,13 @@ from penjing.network.rules.base import Call, rule
     "_batch_norm_impl_index",
 )
 def per_channel(call: Call) -> Any:
-    """Statistics of one channel over samples and positions."""
+    """Statistics of one channel over samples and positions; over weights, the standardization of their rows."""
+    weights = call.labels["input"]
+    if isinstance(weights, Slots):
+        for layer in weights.layers:
+            if varying(layer) != [1]:
+                call.tape.crossed(f"{call.name} of weights", layer)
+        return (weights, *(None for _ in call.result[1:])) if isinstance(call.result, tuple) else weights
     x = call.label("input")
     operands = [x]
     for name in ("weight", "bias", "running_mean", "running_var"):

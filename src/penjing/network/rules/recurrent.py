@@ -59,6 +59,35 @@ def recurrent(call: Call) -> Any:
     return (along(arriving, output.dim() - 1, output.shape), *ends)
 
 
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(call: Call) -> Any:
+    """One step of a recurrent layer."""
+    tape = call.tape
+    into, back = tape.as_slots(call.labels["w_ih"]), tape.as_slots(call.labels["w_hh"])
+    size = back.shape[1]
+    shared, columns, arriving = tape.axis(back, 1), tape.axis(into, 1), _last(call)
+    if is_free(arriving):
+        call.pin(columns, f"{call.name} reads constants")
+    tape.union(arriving.expand(columns.shape), columns)
+    tape.mark("consumer", columns)
+    tape.mark("consumer", shared)
+    for name in ("w_ih", "w_hh", "b_ih", "b_hh"):
+        if call.has(name):
+            rows = tape.axis(tape.as_slots(call.labels[name]), 0)
+            tape.union(rows, shared.repeat(rows.numel() // size))
+            if name.startswith("w"):
+                tape.mark("producer", rows)
+    states = call.labels["hx"] if isinstance(call.labels["hx"], list) else [call.labels["hx"]]
+    for state in states:
+        labels = tape.elements(state)
+        if set(varying(labels)) - {labels.dim() - 1}:
+            call.pin(labels, f"{call.name} starts from a state with channels in several dimensions")
+        tape.union(core(labels), along(shared, labels.dim() - 1, core(labels).shape[:-1] + (size,)))
+    if isinstance(call.result, tuple):
+        return tuple(along(shared, t.dim() - 1, t.shape) for t in call.result)
+    return along(shared, call.result.dim() - 1, call.shape)
+
+
 def _last(call: Call) -> Tensor:
     labels = call.label("input")
     if [d for d in varying(labels) if d != labels.dim() - 1]:
