@@ -17,7 +17,10 @@ ORDER = [
     "compression", "package", "runtimes", "evaluation", "report", "search", "deployment", "serving", "cli", "testing",
 ]  # fmt: skip
 APART = {"methods", "runtimes"}  # siblings in here never import each other, but for what is named below
-SHARED = {"methods": set(), "runtimes": {"base", "cpu", "trace", "parity", "onnx_graph", "onnx_passes", "onnx_views"}}
+SHARED = {
+    "methods": set(),
+    "runtimes": {"base", "cpu", "trace", "parity", "onnx_graph", "onnx_passes", "onnx_views", "onnx_attention"},
+}
 LAZY = ("runtimes/", "search/", "serving/", "cli/", "__init__.py", "__main__.py")
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -176,3 +176,12 @@ def test_progress_is_told(pictures: Network, tmp_path: Path) -> None:
 
     RUNTIMES.get("torch").export(pictures, tmp_path / "net.pt2", progress=Log())
     assert told == ["exporting for torch", 1, 1]
+
+
+def test_attention_takes_no_sizes_at_run_time(tmp_path: Path) -> None:
+    """Keys are swapped by a plain Transpose; the exporter's own form asks for shapes in every layer."""
+    path = tmp_path / "net.onnx"
+    RUNTIMES.get("onnxruntime").export(_vit(), path)
+    kinds = [n.op_type for n in onnx.load(path).graph.node]
+    assert kinds.count("Shape") <= 1  # one for the class token, whatever the number of layers
+    assert "Slice" not in kinds

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from penjing.runtimes.onnx_attention import plain_transpositions
 from penjing.runtimes.onnx_views import carry_grids, constant
 
 Array = np.ndarray[Any, Any]
@@ -39,6 +40,7 @@ def run(model: Any, dialect: Dialect) -> None:
     """All passes, in place."""
     graph = model.graph
     _forget_origins(model)
+    plain_transpositions(graph)
     _fold_rows(graph)
     _fold_rounded(graph)
     _transpose_integers(graph)
