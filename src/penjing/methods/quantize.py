@@ -41,8 +41,9 @@ class Quantize(Step):
 
     `headroom` keeps each pair of weights small enough for kernels that add two products in 16 bits (x86 without VNNI
     would saturate); it costs a part of a bit in layers whose two largest weights have one sign. `correct_bias` moves
-    biases so that every layer's mean output on the samples equals that of the float network, layer after layer (Nagel
-    et al., "Data-free quantization through weight equalization and bias correction", 2019).
+    biases so that every layer's mean output comes near that of the float network, layer after layer, as far as the
+    samples agree on it (Nagel et al., "Data-free quantization through weight equalization and bias correction",
+    2019).
 
     Refuses with RecipeError what is not there yet, with DataError missing samples or samples that give infinite values.
     """

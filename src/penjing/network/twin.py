@@ -101,8 +101,14 @@ class Twin:
         parameter = str(bias.target)
         value = self._tensor(parameter)[1]
         channel = 1 if name in CONVOLUTIONS else plain[node].ndim - 1
-        others = [d for d in range(plain[node].ndim) if d != channel]
-        shift = (plain[node].double() - twin[node].double()).mean(others).to(value.dtype)
+        others = [d for d in range(1, plain[node].ndim) if d != channel]
+        missing = plain[node].double() - twin[node].double()
+        missing = missing.mean(others) if others else missing
+        if missing.ndim != 2 or len(missing) < 2:
+            return
+        shift, doubt = missing.mean(0), missing.var(0) / len(missing)
+        # The errors of one sample go together: of what a few samples show, only what exceeds their own spread is bias.
+        shift = (shift * (1.0 - doubt / shift.square().clamp(min=1e-300)).clamp(min=0.0)).to(value.dtype)
         if value.ndim != 1 or shift.shape != value.shape:
             return
         shape = [1] * plain[node].ndim
