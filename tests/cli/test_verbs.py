@@ -80,7 +80,7 @@ def test_default_recipe_says_what_it_does(penjing, desk):
 def test_a_network_without_baseline(penjing):
     done = penjing("evaluate", "net.py:build", *DATA, "--task", "classification")
     assert done.code == 0 and done.out == ""
-    assert "measured (f32)" in done.err and "On ONNX Runtime" in done.err
+    assert "measured (f32)" in done.err and "net.py:build, on ONNX Runtime" in done.err
 
 
 def test_groups_are_shown(penjing):
