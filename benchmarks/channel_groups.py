@@ -13,10 +13,10 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import penjing as pj
-from penjing.network.groups import Groups
-from penjing.network.remove import remove
-from penjing.network.rules import trace
-from penjing.network.solve import solve
+from penjing.network.channels.groups import Groups
+from penjing.network.channels.remove import remove
+from penjing.network.channels.rules import trace
+from penjing.network.channels.solve import solve
 
 
 def main() -> None:

@@ -141,6 +141,24 @@ def test_public_names() -> None:
 
     assert penjing.__all__ == sorted(penjing.__all__)
     assert set(penjing.__all__) == {
-        "Bundle", "Finetune", "Network", "PenjingError", "Plan", "PruneChannels", "Quantize", "Recipe", "Report", "Result",
-        "Step", "Target", "Task", "__version__", "capture", "compress", "deploy", "evaluate", "pack", "unpack",
-    }  # fmt: skip
+        "Bundle",
+        "Finetune",
+        "Network",
+        "PenjingError",
+        "Plan",
+        "PruneChannels",
+        "Quantize",
+        "Recipe",
+        "Report",
+        "Result",
+        "Step",
+        "Target",
+        "Task",
+        "__version__",
+        "capture",
+        "compress",
+        "deploy",
+        "evaluate",
+        "pack",
+        "unpack",
+    }

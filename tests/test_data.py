@@ -112,9 +112,16 @@ def test_wrong_places(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.txt").write_text("x")
     for name, words in [
-        ("z.npz", "no array 'x'"), ("short.npz", "3 samples"), ("empty.npz", "no samples"), ("bad.npz", "not a readable .npz"),
-        ("none.npz", "no file"), ("folder", "no class folders"), ("text.txt", "not data"), ("nothing", "no data at"), ("x.py:f", "no file"),
-    ]:  # fmt: skip
+        ("z.npz", "no array 'x'"),
+        ("short.npz", "3 samples"),
+        ("empty.npz", "no samples"),
+        ("bad.npz", "not a readable .npz"),
+        ("none.npz", "no file"),
+        ("folder", "no class folders"),
+        ("text.txt", "not data"),
+        ("nothing", "no data at"),
+        ("x.py:f", "no file"),
+    ]:
         with pytest.raises(PenjingError, match=words):
             load_data(str(tmp_path / name))
     assert issubclass(DataError, PenjingError) and issubclass(InputError, PenjingError)

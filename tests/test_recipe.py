@@ -16,7 +16,9 @@ from penjing.recipe import Plan, Reason, Recipe, matches
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_round_trip(tmp_path: Path, suffix: str) -> None:
-    recipe = pj.Recipe(pj.PruneChannels(keep_macs=0.5, where=["*", "!head"]), pj.Finetune(epochs=1, teacher="original"), pj.Quantize())
+    recipe = pj.Recipe(
+        pj.PruneChannels(keep_macs=0.5, where=["*", "!head"]), pj.Finetune(epochs=1, teacher="original"), pj.Quantize()
+    )
     assert pj.Recipe.load(recipe.dump(tmp_path / f"recipe{suffix}")) == recipe
 
 

@@ -19,7 +19,9 @@ def test_classification() -> None:
     torch.testing.assert_close(task.loss({"logits": logits}, labels), F.cross_entropy(logits, labels))
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([0, 5]), torch.tensor([0.0, 1.0]), torch.tensor([0, 1, 1]), torch.tensor([-1, 0])])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, 5]), torch.tensor([0.0, 1.0]), torch.tensor([0, 1, 1]), torch.tensor([-1, 0])]
+)
 def test_wrong_labels(labels: torch.Tensor) -> None:
     with pytest.raises(DataError):
         get_task("classification").scores(torch.rand(2, 3), labels)

@@ -43,7 +43,10 @@ def vit() -> tuple[nn.Module, Any]:
 def bert() -> tuple[nn.Module, Any]:
     ids = torch.randint(0, 90, (8, 12))
     config = transformers.BertConfig(**SMALL, vocab_size=90)
-    return transformers.BertForSequenceClassification(config), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return transformers.BertForSequenceClassification(config), {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+    }
 
 
 def lstm() -> tuple[nn.Module, Any]:

@@ -46,16 +46,20 @@ def compress(
 ) -> Result:
     """Applies the Steps of `recipe` in order.
 
-    `data`: samples to calibrate, reconstruct and train with (labels are looked at only if `task` is given). `test`: samples to take the
-    metric before and after each step with; without them nothing is measured in between. Neither `network` nor any
-    object of the caller's is changed. The same seed gives the same result on the same machine.
+    `data`: samples to calibrate, reconstruct and train with (labels are looked at only if `task` is given). `test`:
+    samples to take the metric before and after each step with; without them nothing is measured in between. Neither
+    `network` nor any object of the caller's is changed. The same seed gives the same result on the same machine.
 
     Raises RecipeError or DataError before any work is done where a Step lacks what it needs, naming the step's number.
     """
     if not isinstance(network, Network):
-        raise InputError(f"compress takes a Network, got {type(network).__name__}", hint="network = pj.capture(model, inputs=(x,))")
+        raise InputError(
+            f"compress takes a Network, got {type(network).__name__}", hint="network = pj.capture(model, inputs=(x,))"
+        )
     if not isinstance(recipe, Recipe):
-        raise InputError(f"compress takes a Recipe, got {type(recipe).__name__}", hint="pj.Recipe(pj.PruneChannels(ratio=0.5))")
+        raise InputError(
+            f"compress takes a Recipe, got {type(recipe).__name__}", hint="pj.Recipe(pj.PruneChannels(ratio=0.5))"
+        )
     known = get_task(task)
     samples = None if data is None else Data(data)
     held_out = None if test is None else Data(test)

@@ -28,12 +28,13 @@ _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 class Data:
     """Samples as batches `(inputs, labels)`.
 
-    `source` is a Dataset, a DataLoader, an iterable of batches (or of Data's kind itself), or a tuple of arrays (x, y). Inputs
-    are a tensor, a tuple or a dictionary of tensors; labels may be missing (None). uint8 becomes float32 in 0..1. Iterables that
-    can be walked only once are refused when they are walked again.
+    `source` is a Dataset, a DataLoader, an iterable of batches (or of Data's kind itself), or a tuple of arrays (x,
+    y). Inputs are a tensor, a tuple or a dictionary of tensors; labels may be missing (None). uint8 becomes float32
+    in 0..1. Iterables that can be walked only once are refused when they are walked again.
     """
 
     def __init__(self, source: Any) -> None:
+        self._source: Any
         if isinstance(source, Data):
             source = source._source
         if isinstance(source, tuple) and source and all(isinstance(s, Tensor | np.ndarray) for s in source):
@@ -64,10 +65,12 @@ class Data:
     def batches(
         self, batch_size: int, *, shuffle: bool = False, seed: int = 0, limit: int | None = None
     ) -> Iterator[tuple[Any, Any]]:
-        """Batches of `batch_size` samples (inputs, labels); a DataLoader's or an iterable's own batches keep their size.
+        """Batches of `batch_size` samples (inputs, labels); a DataLoader's or an iterable's own batches keep their
+        size.
 
-        `shuffle` draws a new order by `seed` (of datasets only). `limit` ends after so many samples. Raises DataError when there are
-        none, when a floating-point input is NaN, or when a one-time iterable is walked a second time.
+        `shuffle` draws a new order by `seed` (of datasets only). `limit` ends after so many samples. Raises
+        DataError when there are none, when a floating-point input is NaN, or when a one-time iterable is walked a
+        second time.
         """
         seen = 0
         for batch in self._raw(batch_size, shuffle, seed):
@@ -105,7 +108,9 @@ class Data:
             yield from source
         else:
             if self._spent:
-                raise DataError("the data can be walked only once, and is needed again", hint="give a list of batches or a Dataset")
+                raise DataError(
+                    "the data can be walked only once, and is needed again", hint="give a list of batches or a Dataset"
+                )
             self._spent = iter(source) is source
             yield from source
 
@@ -140,7 +145,8 @@ def _split(batch: Any) -> tuple[Any, Any]:
         if len(batch) == 2:
             return _to_tensors(batch[0]), _to_tensors(batch[1])
         raise DataError(
-            f"a batch must be (inputs, labels), got {len(batch)} parts", hint="several inputs go in a tuple: ((a, b), labels)"
+            f"a batch must be (inputs, labels), got {len(batch)} parts",
+            hint="several inputs go in a tuple: ((a, b), labels)",
         )
     return _to_tensors(batch), None
 
@@ -195,10 +201,11 @@ def _length(source: Any) -> int | None:
         return None
 
 
-# --------------------------------------------------------------------------------------------------------- from a command line
+# ---------------------------------------------------------------------------------------------- from a command line
 def load_data(text: str, *, split: str | None = None) -> Data:
-    """`file.py:callable` or `module:callable` (a Dataset or DataLoader), `samples.npz` (arrays x and y), a folder of class folders
-    of images, or `digits` (scikit-learn's 1797 handwritten digits, 1×8×8; `split` "train" or "test" takes 4/5 or 1/5 of it).
+    """`file.py:callable` or `module:callable` (a Dataset or DataLoader), `samples.npz` (arrays x and y), a folder
+    of class folders of images, or `digits` (scikit-learn's 1797 handwritten digits, 1×8×8; `split` "train" or
+    "test" takes 4/5 or 1/5 of it).
     """
     if text == "digits":
         return Data(digits(split))
@@ -210,8 +217,14 @@ def load_data(text: str, *, split: str | None = None) -> Data:
     if ":" in text:
         return Data(load_callable(text)())
     if path.exists():
-        raise InputError(f"{text} is not data that penjing can read", hint="file.py:callable, samples.npz, a folder of class folders of images, or digits")
-    raise InputError(f"there is no data at {text}", hint="file.py:callable, samples.npz, a folder of class folders of images, or digits")
+        raise InputError(
+            f"{text} is not data that penjing can read",
+            hint="file.py:callable, samples.npz, a folder of class folders of images, or digits",
+        )
+    raise InputError(
+        f"there is no data at {text}",
+        hint="file.py:callable, samples.npz, a folder of class folders of images, or digits",
+    )
 
 
 def digits(split: str | None = None) -> TensorDataset:
@@ -248,7 +261,9 @@ class _ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, root: Path) -> None:
         classes = sorted(p for p in root.iterdir() if p.is_dir())
-        self._files = [(f, i) for i, c in enumerate(classes) for f in sorted(c.iterdir()) if f.suffix.lower() in _IMAGES]
+        self._files = [
+            (f, i) for i, c in enumerate(classes) for f in sorted(c.iterdir()) if f.suffix.lower() in _IMAGES
+        ]
         if not self._files:
             raise DataError(f"{root} holds no class folders with images", hint="expected root/class_name/image.png")
         if Image is None:

@@ -46,13 +46,16 @@ class Context:
 class Step(ABC):
     """One instruction: a frozen dataclass of plain data whose `plan` decides on Edits and changes nothing.
 
-    `where` selects parameters or layers by shell patterns of their paths; a list is any of them; a leading `!` excludes.
+    `where` selects parameters or layers by shell patterns of their paths; a list is any of them; a leading `!`
+    excludes.
     """
 
     where: str | list[str] = "*"
 
     def check(self, context: Context) -> None:  # noqa: B027  most Steps need nothing
-        """Raises DataError or RecipeError if `context` lacks what this Step needs; called for all Steps before any work."""
+        """Raises DataError or RecipeError if `context` lacks what this Step needs; called for all Steps before any
+        work.
+        """
 
     @abstractmethod
     def plan(self, network: Network, context: Context) -> Plan:
@@ -65,18 +68,28 @@ class Step(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as plain data."""
-        return {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)
-        }
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
 
-    def require_between(self, field: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> None:
+    def require_between(
+        self, field: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+    ) -> None:
         """Raises `PruneChannels.ratio must be between 0 and 1, got 1.5` unless the field is None or inside."""
         value = getattr(self, field)
         if value is None:
             return
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not (low < value if open_low else low <= value) or not (value < high if open_high else value <= high):
-            limits = f"between {low:g} and {high:g}" if high != float("inf") else f"above {low:g}" if open_low else f"at least {low:g}"
+        if (
+            not good
+            or not (low < value if open_low else low <= value)
+            or not (value < high if open_high else value <= high)
+        ):
+            limits = (
+                f"between {low:g} and {high:g}"
+                if high != float("inf")
+                else f"above {low:g}"
+                if open_low
+                else f"at least {low:g}"
+            )
             raise RecipeError(f"{self.name}.{field} must be {limits}, got {value!r}", hint=_hint(value, low, high))
 
     def require_one_of(self, field: str, known: Sequence[Any]) -> None:
@@ -84,7 +97,10 @@ class Step(ABC):
         value = getattr(self, field)
         if value not in known:
             words = [str(k) for k in known]
-            raise RecipeError(f"{self.name}.{field} must be one of {', '.join(words)}, got {value!r}", hint=did_you_mean(str(value), words))
+            raise RecipeError(
+                f"{self.name}.{field} must be one of {', '.join(words)}, got {value!r}",
+                hint=did_you_mean(str(value), words),
+            )
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -105,7 +121,9 @@ def step(cls: S) -> S:
 
 
 def matches(where: str | Sequence[str], name: str) -> bool:
-    """Whether a parameter or layer path is selected: `a.b.weight` is by `a.b.weight`, `a.b`, `a.*`, `*`; `!a.*` excludes."""
+    """Whether a parameter or layer path is selected: `a.b.weight` is by `a.b.weight`, `a.b`, `a.*`, `*`; `!a.*`
+    excludes.
+    """
     patterns = [where] if isinstance(where, str) else list(where)
     parts = name.split(".")
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
@@ -117,7 +135,7 @@ def matches(where: str | Sequence[str], name: str) -> bool:
     return (not wanted or any(map(hit, wanted))) and not any(hit(p[1:]) for p in patterns if p.startswith("!"))
 
 
-# -------------------------------------------------------------------------------------------------------------------- Plan
+# ------------------------------------------------------------------------------------------------------------- Plan
 @dataclass(frozen=True, kw_only=True)
 class Reason:
     """Why a layer is treated as it is: its score (None: not scored), the choice, and one clause of explanation."""
@@ -130,7 +148,9 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """What a Step decided for one Network: Edits and the table of reasons. Printable, savable, replayable by `network.apply`."""
+    """What a Step decided for one Network: Edits and the table of reasons. Printable, savable, replayable by
+    `network.apply`.
+    """
 
     step: Step
     edits: tuple[Edit, ...] = ()
@@ -209,14 +229,16 @@ def _edit_from_json(row: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any,
     return EDITS[name](**{k: value(v) for k, v in fields.items()})
 
 
-# ------------------------------------------------------------------------------------------------------------------ Recipe
+# ----------------------------------------------------------------------------------------------------------- Recipe
 class Recipe:
     """An ordered list of Steps: `Recipe(PruneChannels(ratio=0.5), Quantize())`; reads and writes YAML and JSON."""
 
     def __init__(self, *steps: Step) -> None:
         for s in steps:
             if not isinstance(s, Step):
-                raise RecipeError(f"a Recipe is made of Steps, got {type(s).__name__}", hint=did_you_mean(str(s), STEPS.names()))
+                raise RecipeError(
+                    f"a Recipe is made of Steps, got {type(s).__name__}", hint=did_you_mean(str(s), STEPS.names())
+                )
         self.steps: tuple[Step, ...] = steps
 
     def __iter__(self) -> Iterator[Step]:
@@ -241,8 +263,15 @@ class Recipe:
     @classmethod
     def from_dict(cls, described: Any) -> Recipe:
         """What `to_dict` gave; raises RecipeError naming the step's number for anything unknown."""
-        if not isinstance(described, Mapping) or set(described) != {"steps"} or not isinstance(described["steps"], list):
-            raise RecipeError("a recipe is a mapping with one entry 'steps', which is a list", hint="steps: [{PruneChannels: {ratio: 0.5}}]")
+        if (
+            not isinstance(described, Mapping)
+            or set(described) != {"steps"}
+            or not isinstance(described["steps"], list)
+        ):
+            raise RecipeError(
+                "a recipe is a mapping with one entry 'steps', which is a list",
+                hint="steps: [{PruneChannels: {ratio: 0.5}}]",
+            )
         return cls(*(_step_from(row, f"step {i}") for i, row in enumerate(described["steps"], 1)))
 
     @classmethod
@@ -258,7 +287,9 @@ class Recipe:
         try:
             described = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
         except (ValueError, yaml.YAMLError) as error:
-            raise RecipeError(f"{file} is not valid {'JSON' if file.suffix == '.json' else 'YAML'}: {' '.join(str(error).split())}") from error
+            raise RecipeError(
+                f"{file} is not valid {'JSON' if file.suffix == '.json' else 'YAML'}: {' '.join(str(error).split())}"
+            ) from error
         try:
             return cls.from_dict(described)
         except RecipeError as error:
@@ -267,7 +298,11 @@ class Recipe:
     def dump(self, path: str | Path) -> Path:
         """Writes `.json`, or YAML under any other name."""
         file = Path(path)
-        text = json.dumps(self.to_dict(), indent=2) + "\n" if file.suffix == ".json" else yaml.safe_dump(self.to_dict(), sort_keys=False)
+        text = (
+            json.dumps(self.to_dict(), indent=2) + "\n"
+            if file.suffix == ".json"
+            else yaml.safe_dump(self.to_dict(), sort_keys=False)
+        )
         try:
             file.write_text(text, encoding="utf8")
         except OSError as error:

@@ -18,8 +18,9 @@ from penjing.registry import Registry
 class Task:
     """A loss, and scores a sample.
 
-    `loss(outputs, labels)` gives a scalar to minimise. `scores(outputs, labels)` gives one number a sample, shape (n,); the metric is
-    their mean, so that its interval and paired comparisons are known. `outputs` is the network's output as it returns it.
+    `loss(outputs, labels)` gives a scalar to minimise. `scores(outputs, labels)` gives one number a sample, shape
+    (n,); the metric is their mean, so that its interval and paired comparisons are known. `outputs` is the
+    network's output as it returns it.
     """
 
     name: str
@@ -57,13 +58,16 @@ def _classes(outputs: Any, labels: Any, task: str) -> tuple[Tensor, Tensor]:
         raise DataError(f"labels for {task} must be integers, got {target.dtype}")
     if logits.ndim < 2 or logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[1:]:
         raise DataError(
-            f"{task} needs outputs (n, classes, …) and labels (n, …); got {tuple(logits.shape)} and {tuple(target.shape)}",
+            f"{task} needs outputs (n, classes, …) and labels (n, …); got "
+            f"{tuple(logits.shape)} and {tuple(target.shape)}",
             hint="choose another --task, or check the data's labels",
         )
     classes = logits.shape[1]
     wrong = (target >= classes) | (target < 0) & (target != -100)
     if wrong.any():
-        raise DataError(f"a label is {int(target[wrong][0])}, but the network has {classes} classes (0 to {classes - 1})")
+        raise DataError(
+            f"a label is {int(target[wrong][0])}, but the network has {classes} classes (0 to {classes - 1})"
+        )
     return logits, target.long()
 
 
@@ -73,7 +77,11 @@ def _cross_entropy(outputs: Any, labels: Any) -> Tensor:
 
 def _accuracy(outputs: Any, labels: Any) -> Tensor:
     logits, target = _classes(outputs, labels, "classification")
-    return (logits.argmax(1) == target).flatten(1).float().mean(1) if target.ndim > 1 else (logits.argmax(1) == target).float()
+    return (
+        (logits.argmax(1) == target).flatten(1).float().mean(1)
+        if target.ndim > 1
+        else (logits.argmax(1) == target).float()
+    )
 
 
 def _values(outputs: Any, labels: Any) -> tuple[Tensor, Tensor]:
@@ -136,7 +144,13 @@ def _segmentation_loss(outputs: Any, labels: Any) -> Tensor:
 for _task in (
     Task(name="classification", loss=_cross_entropy, scores=_accuracy, metric="accuracy", unit="%"),
     Task(name="regression", loss=_squared_error, scores=_squared_errors, metric="mse", higher_is_better=False),
-    Task(name="language-modelling", loss=_token_loss, scores=_token_losses, metric="nats per token", higher_is_better=False),
+    Task(
+        name="language-modelling",
+        loss=_token_loss,
+        scores=_token_losses,
+        metric="nats per token",
+        higher_is_better=False,
+    ),
     Task(name="segmentation", loss=_segmentation_loss, scores=_intersection_over_union, metric="mean IoU", unit="%"),
     Task(name="reconstruction", loss=_squared_error, scores=_psnr, metric="PSNR", unit="dB"),
 ):

@@ -29,7 +29,12 @@ class Attention(nn.Module):
 
 def convolutional() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8 * 64, 5)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(8 * 64, 5),
     )
 
 
@@ -44,7 +49,9 @@ MODELS = {
         {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)},
     ),
     "gpt2": (
-        lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=90, bos_token_id=0, eos_token_id=0)),
+        lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=90, bos_token_id=0, eos_token_id=0)
+        ),
         {"input_ids": IDS},
     ),
 }
@@ -97,7 +104,9 @@ def test_eval_is_deterministic_and_training_is_not(captured: tuple[nn.Module, ob
     first, second = outputs_of(module, inputs), outputs_of(module, inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     module.train()
-    assert any(not torch.equal(a, b) for a, b in zip(outputs_of(module, inputs), outputs_of(module, inputs), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(outputs_of(module, inputs), outputs_of(module, inputs), strict=True)
+    )
     module.eval()
     if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         assert all(torch.equal(a, b) for a, b in zip(first, outputs_of(module, inputs), strict=True))
@@ -168,7 +177,9 @@ def test_in_place_writes_and_nested_structures() -> None:
     assert got.keys() == wanted.keys() and isinstance(got["parts"][1], list)
     torch.testing.assert_close(got["sum"], wanted["sum"])
     torch.testing.assert_close(got["parts"][1][0], wanted["parts"][1][0])
-    assert not any(str(n.target).split(".")[-2].endswith("_") for n in network.graph_module.graph.nodes if n.op == "call_function")
+    assert not any(
+        str(n.target).split(".")[-2].endswith("_") for n in network.graph_module.graph.nodes if n.op == "call_function"
+    )
 
 
 class Branches(nn.Module):

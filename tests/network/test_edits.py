@@ -125,7 +125,10 @@ def test_nothing_half_done(network: Network) -> None:
     state = network.state()
     good = SetWeights(parameter="4.bias", value=torch.zeros(5))
     for bad, words in [
-        (SetWeights(parameter="4.bias", value=torch.zeros(6)), r"has the shape \(5,\); the SetWeights edit brings \(6,\)"),
+        (
+            SetWeights(parameter="4.bias", value=torch.zeros(6)),
+            r"has the shape \(5,\); the edit brings \(6,\)",
+        ),
         (SetWeights(parameter="4.bias", value=torch.full((5,), torch.nan)), "NaN"),
         (SetWeights(parameter="nine", value=torch.zeros(5)), "no tensor called 'nine'"),
         (QuantizeTensor(tensor="nine", scale=1.0, zero_point=0), "neither a parameter nor a node"),
@@ -140,7 +143,13 @@ def test_nothing_half_done(network: Network) -> None:
 
 @pytest.mark.parametrize(
     "topology",
-    ["", "[]", "{}", '{"penjing": 9}', '{"penjing": 1, "name": "n", "graph": [["call_function", "a", "os.system", []]]}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"penjing": 9}',
+        '{"penjing": 1, "name": "n", "graph": [["call_function", "a", "os.system", []]]}',
+    ],
 )
 def test_a_wrong_topology_is_refused(network: Network, topology: str) -> None:
     with pytest.raises(EditError):

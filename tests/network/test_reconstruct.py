@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from penjing.network import Network, RemoveChannels, SetWeights, capture
-from penjing.network.groups import kept_indices
+from penjing.network.channels.groups import kept_indices
 from penjing.network.reconstruct import find_layers, reconstruct
 
 

@@ -1,4 +1,6 @@
-"""The Steps, one file each. Importing this makes all of them known to recipes, which is why `penjing.Recipe` comes from here."""
+"""The Steps, one file each. Importing this makes all of them known to recipes, which is why `penjing.Recipe` comes
+from here.
+"""
 
 from penjing.methods.finetune import Finetune
 from penjing.methods.prune_channels import PruneChannels

@@ -12,9 +12,9 @@ from torch import Tensor
 from penjing.data import Data
 from penjing.errors import RecipeError
 from penjing.network import Network, RemoveChannels, SetWeights
+from penjing.network.channels.groups import Group, kept_indices
 from penjing.network.elimination import Reader, eliminate_units, readers_of, watch_inputs, without_units
 from penjing.network.footprint import Footprint, footprint
-from penjing.network.groups import Group, kept_indices
 from penjing.network.reconstruct import Refit, reconstruct
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.tensors.allocation import CostModel, Share, greedy, uniform

@@ -37,13 +37,14 @@ def capture(
 ) -> Network:
     """Captures a network as a graph of ATen operators.
 
-    `model`: a module, an ExportedProgram, `"file.py:callable"` or `"package.module:callable"` (called without arguments, must return a
-    module), or the path of a `.pt2` file. `inputs`: example inputs, a tuple of positional ones or a dictionary of named ones
-    (tensors, or containers of tensors), batch first; not needed for `.pt2`. The batch may be any size afterwards
-    unless `dynamic_batch` is false or the network itself fixes it. The module is not changed and nothing is shared with it.
+    `model`: a module, an ExportedProgram, `"file.py:callable"` or `"package.module:callable"` (called without
+    arguments, must return a module), or the path of a `.pt2` file. `inputs`: example inputs, a tuple of positional
+    ones or a dictionary of named ones (tensors, or containers of tensors), batch first; not needed for `.pt2`. The
+    batch may be any size afterwards unless `dynamic_batch` is false or the network itself fixes it. The module is
+    not changed and nothing is shared with it.
 
-    The graph is taken in training mode so that it can be fine-tuned, then switched to eval and compared with the module's own
-    outputs; networks that only capture in eval mode are taken so, and the history says it.
+    The graph is taken in training mode so that it can be fine-tuned, then switched to eval and compared with the
+    module's own outputs; networks that only capture in eval mode are taken so, and the history says it.
 
     Raises CaptureError with the source line at fault and a remedy.
     """
@@ -58,11 +59,13 @@ def capture(
         return _from_program(model, name=name or "network")
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(
-            f"expected an nn.Module, got {type(model).__name__}", hint="a callable named on the command line must return a module"
+            f"expected an nn.Module, got {type(model).__name__}",
+            hint="a callable named on the command line must return a module",
         )
     if inputs is None:
         raise CaptureError(
-            "a module is captured by running it once, and no example inputs were given", hint="capture(model, inputs=(x,))"
+            "a module is captured by running it once, and no example inputs were given",
+            hint="capture(model, inputs=(x,))",
         )
     _check_weights(model)
     args, kwargs = _normalise(inputs)
@@ -70,7 +73,9 @@ def capture(
     return _from_module(model, args, kwargs, name or type(model).__name__.lower(), dynamic_batch)
 
 
-def _from_module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, dynamic: bool) -> Network:
+def _from_module(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, dynamic: bool
+) -> Network:
     held = [*model.parameters(), *model.buffers()]
     device = held[0].device if held else torch.device("cpu")
     args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
@@ -91,7 +96,9 @@ def _from_module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
                 model.train(training)
                 try:
                     with _quiet():
-                        program = torch.export.export(model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs, batch_dynamic))
+                        program = torch.export.export(
+                            model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs, batch_dynamic)
+                        )
                     network = _from_program(program, name=name)
                     _check_outputs(network, args, kwargs, expected)
                     if network.batch_is_dynamic:
@@ -143,11 +150,15 @@ def _from_program(program: ExportedProgram, *, name: str) -> Network:
     for node in graph.nodes:
         node.meta = {k: v for k, v in node.meta.items() if k in ("penjing", "nn_module_stack", "stack_trace")}
     return Network(
-        name=name, graph_module=flat.build(graph, owned), inputs=specs, structure_in=structure_in, structure_out=structure_out
+        name=name,
+        graph_module=flat.build(graph, owned),
+        inputs=specs,
+        structure_in=structure_in,
+        structure_out=structure_out,
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- the inputs
+# ------------------------------------------------------------------------------------------------------- the inputs
 def _normalise(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         args, kwargs = (), {str(k): v for k, v in inputs.items() if v is not None}
@@ -224,11 +235,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# --------------------------------------------------------------------------------------------------------------- the checks
+# ------------------------------------------------------------------------------------------------------- the checks
 def _check_weights(model: torch.nn.Module) -> None:
     for name, value in model.named_parameters():
         if not torch.isfinite(value.detach()).all():
-            raise CaptureError(f"the weights of {name} hold NaN or infinite numbers", hint="check how the network was trained or loaded")
+            raise CaptureError(
+                f"the weights of {name} hold NaN or infinite numbers",
+                hint="check how the network was trained or loaded",
+            )
 
 
 def _check_outputs(network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any) -> None:
@@ -237,13 +251,17 @@ def _check_outputs(network: Network, args: tuple[Any, ...], kwargs: dict[str, An
     inputs = leaves(network.structure_in, (args, kwargs))
     for _ in range(2):
         with torch.no_grad():
-            got = dict(zip(network.output_names, network.graph_module(*(t.cpu() for t in inputs.values())), strict=True))
+            got = dict(
+                zip(network.output_names, network.graph_module(*(t.cpu() for t in inputs.values())), strict=True)
+            )
         for n, t in got.items():
             reference = wanted.get(n)
             if reference is None or reference.shape != t.shape:
                 raise CaptureError(f"the captured graph of {network.name} gives another output '{n}' than the module")
             reference = reference.cpu()
-            if not torch.allclose(t.float(), reference.float(), rtol=1e-3, atol=1e-4 * _scale(reference), equal_nan=True):
+            if not torch.allclose(
+                t.float(), reference.float(), rtol=1e-3, atol=1e-4 * _scale(reference), equal_nan=True
+            ):
                 raise CaptureError(
                     f"the captured graph of {network.name} departs from the module in output '{n}' by "
                     f"{(t.float() - reference.float()).abs().max().item():.3g}",
@@ -274,7 +292,7 @@ def _output_leaves(value: Any) -> dict[str, Tensor]:
     return named
 
 
-# --------------------------------------------------------------------------------------------------------- sources and errors
+# ----------------------------------------------------------------------------------------------- sources and errors
 def _from_text(text: str) -> Any:
     if not text.endswith(".pt2"):
         return load_callable(text)()
@@ -285,7 +303,8 @@ def _from_text(text: str) -> Any:
             return torch.export.load(text)
     except Exception as error:
         raise CaptureError(
-            f"{text} is not a readable .pt2 file: {_last_line(error)}", hint=f"write it with torch.export.save of torch {torch.__version__}"
+            f"{text} is not a readable .pt2 file: {_last_line(error)}",
+            hint=f"write it with torch.export.save of torch {torch.__version__}",
         ) from error
 
 
@@ -296,7 +315,9 @@ def _short(text: str) -> str:
 
 @contextlib.contextmanager
 def _kept_modes(model: torch.nn.Module) -> Iterator[None]:
-    """Puts training flags back afterwards; meanwhile transformers models return no key-value cache, which is no tensor."""
+    """Puts training flags back afterwards; meanwhile transformers models return no key-value cache, which is no
+    tensor.
+    """
     modes = [(m, m.training) for m in model.modules()]
     config: Any = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
@@ -318,7 +339,11 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -335,7 +360,9 @@ def _where(error: BaseException) -> str:
     users = [
         f
         for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(_LIBRARIES) and "penjing" not in Path(f.filename).parts and not f.filename.startswith("<")
+        if not f.filename.startswith(_LIBRARIES)
+        and "penjing" not in Path(f.filename).parts
+        and not f.filename.startswith("<")
     ]
     if not users:
         return ""
@@ -344,8 +371,13 @@ def _where(error: BaseException) -> str:
 
 
 def _remedy(message: str) -> str:
-    if any(w in message for w in ("data-dependent", "GuardOnDataDependent", "is_nonzero", "item()", "_local_scalar_dense", "guard on")):
-        return "the path through the network depends on values: use torch.where instead of if, or fix the value before capture"
+    if any(
+        w in message
+        for w in ("data-dependent", "GuardOnDataDependent", "is_nonzero", "item()", "_local_scalar_dense", "guard on")
+    ):
+        return "the path through the network depends on values: use torch.where instead of if"
     if "dynamic" in message or "specializ" in message.lower() or "Constraints violated" in message:
         return "the network ties sizes together: capture(..., dynamic_batch=False) fixes the batch"
-    return "move what torch.export cannot follow out of forward(), or capture the part of the network that has the weights"
+    return (
+        "move what torch.export cannot follow out of forward(), or capture the part of the network that has the weights"
+    )

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from penjing.errors import EditError
 from penjing.network import graph as flat
-from penjing.network.groups import analyse
-from penjing.network.remove import remove
+from penjing.network.channels.groups import analyse
+from penjing.network.channels.remove import remove
 
 decomposed = torch.ops.quantized_decomposed
 INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
@@ -25,7 +25,9 @@ INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int
 
 @dataclass(frozen=True, kw_only=True)
 class RemoveChannels:
-    """Removes `indices` along `dim` of a parameter, and everything that is coupled with them through the channel groups."""
+    """Removes `indices` along `dim` of a parameter, and everything that is coupled with them through the channel
+    groups.
+    """
 
     parameter: str
     dim: int
@@ -54,8 +56,9 @@ class QuantizeTensor:
     """Puts a tensor on an integer grid: real = (integer - zero_point) · scale.
 
     `tensor` is a parameter, which is stored as integers afterwards (its scale as `<name>_scale`, its zero point as
-    `<name>_zero_point`), or the name of a graph node or input, behind which a quantize and a dequantize node are put, for all of
-    its users or for those named in `users` only. `axis` is the dimension with a scale of its own each (None: one scale).
+    `<name>_zero_point`), or the name of a graph node or input, behind which a quantize and a dequantize node are
+    put, for all of its users or for those named in `users` only. `axis` is the dimension with a scale of its own
+    each (None: one scale).
     """
 
     tensor: str
@@ -70,8 +73,8 @@ class QuantizeTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One operator of a replacement: `arguments` are JSON as in `graph.encode`; "%" is what the call before gives (for the first:
-    the replaced layer's own input), "%name" a node of the graph, "@name" a tensor."""
+    """One operator of a replacement: `arguments` are JSON as in `graph.encode`; "%" is what the call before gives
+    (for the first: the replaced layer's own input), "%name" a node of the graph, "@name" a tensor."""
 
     operator: str
     arguments: tuple[Any, ...]
@@ -80,7 +83,9 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReplaceLayer:
-    """Replaces the graph node `node` by a chain of calls (none: by its first input). `tensors` are new parameters or buffers."""
+    """Replaces the graph node `node` by a chain of calls (none: by its first input). `tensors` are new parameters
+    or buffers.
+    """
 
     node: str
     calls: tuple[Call, ...] = ()
@@ -107,10 +112,10 @@ class Draft:
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`."""
-        for node in self.graph.nodes:
-            if node.name == name:
-                return node
-        raise EditError(f"the graph has no node called '{name}'")
+        found: fx.Node | None = next((n for n in self.graph.nodes if n.name == name), None)
+        if found is None:
+            raise EditError(f"the graph has no node called '{name}'")
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`."""
@@ -165,9 +170,7 @@ def _set_weights(draft: Draft, edits: Sequence[SetWeights | MaskWeights]) -> Non
         old = held[edit.parameter]
         given = edit.mask if isinstance(edit, MaskWeights) else edit.value
         if given.shape != old.shape:
-            raise EditError(
-                f"{edit.parameter} has the shape {tuple(old.shape)}; the {type(edit).__name__} edit brings {tuple(given.shape)}"
-            )
+            raise EditError(f"{edit.parameter} has the shape {tuple(old.shape)}; the edit brings {tuple(given.shape)}")
         if isinstance(edit, MaskWeights):
             mask = given.bool() & draft.masks.get(edit.parameter, torch.ones_like(given, dtype=torch.bool))
             draft.masks[edit.parameter] = mask
@@ -235,7 +238,9 @@ def _quantize_activation(graph: fx.Graph, node: fx.Node, edit: QuantizeTensor, d
     grid = (float(edit.scale), int(edit.zero_point), edit.quant_min, edit.quant_max, dtype)
     chosen = [u for u in node.users if edit.users is None or u.name in edit.users]
     if not chosen:
-        raise EditError(f"nothing uses '{edit.tensor}' as the edit wants: {', '.join(edit.users or ()) or 'no users at all'}")
+        raise EditError(
+            f"nothing uses '{edit.tensor}' as the edit wants: {', '.join(edit.users or ()) or 'no users at all'}"
+        )
     place = [n for n in graph.nodes if n.op == "placeholder"][-1] if node.op == "placeholder" else node
     with graph.inserting_after(place):
         integers = graph.call_function(decomposed.quantize_per_tensor.default, (node, *grid))
@@ -255,7 +260,9 @@ def _replace_layers(draft: Draft, edits: Sequence[ReplaceLayer]) -> None:
         old = nodes[edit.node]
         if old.op != "call_function" or not old.all_input_nodes:
             raise EditError(f"'{edit.node}' is not a layer that can be replaced")
-        clash = [n for n, t in edit.tensors.items() if n in held and held[n].shape != t.shape and _readers(graph, n, old)]
+        clash = [
+            n for n, t in edit.tensors.items() if n in held and held[n].shape != t.shape and _readers(graph, n, old)
+        ]
         if clash:
             raise EditError(f"'{clash[0]}' is used by other layers than '{edit.node}' and cannot change its shape")
         held.update(edit.tensors)
@@ -290,7 +297,9 @@ def _insert_call(
             return nodes[name]
         raise EditError(f"a replacement uses '{name}', which the graph does not have")
 
-    wanted = [str(a)[1:] for a in (*call.arguments, *call.keywords.values()) if isinstance(a, str) and a.startswith("@")]
+    wanted = [
+        str(a)[1:] for a in (*call.arguments, *call.keywords.values()) if isinstance(a, str) and a.startswith("@")
+    ]
     for name in wanted:
         if name not in held:
             raise EditError(f"a replacement uses the tensor '{name}', which the network does not have")
@@ -300,7 +309,9 @@ def _insert_call(
         return flat.decode("%" + value if isinstance(value, str) and value.startswith("@") else value, find)
 
     arguments = tuple(plain(a) for a in call.arguments)
-    return graph.call_function(flat.find_target(call.operator), arguments, {k: plain(v) for k, v in call.keywords.items()})
+    return graph.call_function(
+        flat.find_target(call.operator), arguments, {k: plain(v) for k, v in call.keywords.items()}
+    )
 
 
 _APPLY: dict[type[Any], Any] = {

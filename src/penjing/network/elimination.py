@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from penjing.network.channels.groups import Group
 from penjing.network.edits import SetWeights
-from penjing.network.groups import Group
 from penjing.network.lane import Lane
 from penjing.network.network import Network
 from penjing.network.reconstruct import Layer, as_rows, find_layers, norm_scale, rows_wanted

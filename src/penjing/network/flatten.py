@@ -1,9 +1,11 @@
-"""From what torch.export gives to a flat graph: wrappers inlined, checks dropped, in-place operators made functional."""
+"""From what torch.export gives to a flat graph: wrappers inlined, checks dropped, in-place operators made
+functional.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +25,7 @@ _CHECKS = {
 }
 _NOTHING = {aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default, aten.alias.default}
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+_COPIES = {aten.contiguous.default}  # the tensor itself if it lies in order, else a copy
 _SCATTER = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 
 
@@ -82,7 +85,9 @@ def _inline(
 
 def _get_tensor(graph: fx.Graph, node: fx.Node, held: Tensor, tensors: dict[str, Tensor], prefix: str) -> fx.Node:
     same = next((n for n, t in tensors.items() if t is held), None)  # tied weights keep one name
-    name = same or (f"{prefix}{node.target}" if not prefix or not isinstance(held, torch.nn.Parameter) else str(node.target))
+    name = same or (
+        f"{prefix}{node.target}" if not prefix or not isinstance(held, torch.nn.Parameter) else str(node.target)
+    )
     tensors.setdefault(name, held)
     made = graph.get_attr(name)
     made.meta = dict(node.meta)
@@ -92,13 +97,14 @@ def _get_tensor(graph: fx.Graph, node: fx.Node, held: Tensor, tensors: dict[str,
 def _inline_wrapper(
     graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any], tensors: dict[str, Tensor], prefix: str
 ) -> list[Any]:
-    name = node.target.name() if callable(getattr(node.target, "name", None)) else str(node.target)
+    name = cast(Any, node.target).name()
     place = _WRAPPERS.get(name)
     if place is None:
         raise CaptureError(
-            f"the network holds control flow ({name}), which cannot be held{_line_of(node)}", hint="rewrite that part with torch.where"
+            f"the network holds control flow ({name}), which cannot be held{_line_of(node)}",
+            hint="rewrite that part with torch.where",
         )
-    args = [torch.fx.node.map_arg(a, lambda n: values[n]) for a in node.args]
+    args: list[Any] = [torch.fx.node.map_arg(a, lambda n: values[n]) for a in node.args]
     inner = _inline(graph, args[place], args[place + 1 :], tensors, f"{prefix}{node.name}.")
     if name == "wrap_with_set_grad_enabled" and not args[0]:
         inner = [graph.call_function(aten.detach.default, (v,)) if isinstance(v, fx.Node) else v for v in inner]
@@ -124,12 +130,12 @@ def _line_of(node: fx.Node) -> str:
     return f" ({trace[-2]}: {trace[-1]})" if len(trace) > 1 else ""
 
 
-# ------------------------------------------------------------------------------------------------------------------ outputs
+# ---------------------------------------------------------------------------------------------------------- outputs
 def _output_structure(spec: Any, outputs: Sequence[Any]) -> tuple[Any, list[fx.Node]]:
     """Plain containers with output names as leaves, and the nodes of those leaves.
 
-    Data classes of libraries (ModelOutput) become dictionaries; cache objects are dropped: they are not outputs of interest and
-    would pin the channels they hold.
+    Data classes of libraries (ModelOutput) become dictionaries; cache objects are dropped: they are not outputs of
+    interest and would pin the channels they hold.
     """
     waiting: Iterator[Any] = iter(outputs)
     kept: list[fx.Node] = []
@@ -173,7 +179,7 @@ def _output_structure(spec: Any, outputs: Sequence[Any]) -> tuple[Any, list[fx.N
     return walk(spec, ""), kept
 
 
-# ------------------------------------------------------------------------------------------------------------ functional form
+# -------------------------------------------------------------------------------------------------- functional form
 def _make_functional(graph: fx.Graph) -> None:
     """Replaces in-place operators: `relu_(x)` becomes `relu(x)` and later readers of x read the result.
 
@@ -198,7 +204,9 @@ def _replace_in_place(graph: fx.Graph, node: fx.Node, order: dict[fx.Node, int])
     plain = getattr(getattr(aten, name[:-1], None), overload, None) if name.endswith("_") else None
     written = node.args[0]
     if plain is None or not isinstance(written, fx.Node):
-        raise CaptureError(f"the network changes a tensor in place by {target}, which has no functional form{_line_of(node)}")
+        raise CaptureError(
+            f"the network changes a tensor in place by {target}, which has no functional form{_line_of(node)}"
+        )
     if written.op == "get_attr":
         raise CaptureError(f"the network changes its buffer {written.target} while running{_line_of(node)}")
     with graph.inserting_before(node):
@@ -226,12 +234,22 @@ def _forward_value(graph: fx.Graph, old: fx.Node, new: fx.Node, position: int, o
     base = old.args[0]
     if not isinstance(base, fx.Node) or not (any(later(u) for u in base.users) or _is_view(base)):
         return
+    if old.target in _COPIES and not _aliases(base):
+        return
+    if old.target in _COPIES:
+        _forward_value(graph, base, new, position, order)
+        return
     if old.target not in _SCATTER:
         raise CaptureError(f"the network writes through a view made by {old.target}{_line_of(new)}")
     with graph.inserting_after(new):
         merged = graph.call_function(_SCATTER[old.target], (base, new, *old.args[1:]))
     order[merged] = position
     _forward_value(graph, base, merged, position, order)
+
+
+def _aliases(base: fx.Node) -> bool:
+    value = base.meta.get("val")
+    return not isinstance(value, Tensor) or value.is_contiguous()
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -1,7 +1,8 @@
 """The flat graph that every Network holds: building, copying, switching between training and eval, and its JSON text.
 
-A flat graph has placeholders (one a tensor input), `get_attr` nodes (parameters, buffers and constants under their original
-names), `call_function` nodes (ATen overloads and arithmetic on sizes) and one output node with a flat tuple.
+A flat graph has placeholders (one a tensor input), `get_attr` nodes (parameters, buffers and constants under their
+original names), `call_function` nodes (ATen overloads and arithmetic on sizes) and one output node with a flat
+tuple.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
+import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
@@ -62,7 +63,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 _FUNCTION_NAMES = {f: n for n, f in reversed(_FUNCTIONS.items())}
 
 
-def build(graph: fx.Graph, tensors: Mapping[str, Tensor], *, kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
+def build(
+    graph: fx.Graph, tensors: Mapping[str, Tensor], *, kind: type[fx.GraphModule] = fx.GraphModule
+) -> fx.GraphModule:
     """A GraphModule of `graph` that holds those of `tensors` that the graph reads (shared, not copied)."""
     read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     missing = sorted(read - set(tensors))
@@ -105,11 +108,12 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-# ------------------------------------------------------------------------------------------------------ training and eval
+# ------------------------------------------------------------------------------------------------ training and eval
 def set_mode(graph: fx.Graph, training: bool) -> None:
     """Switches every operator of `graph` that behaves differently in training. Eval is deterministic.
 
-    Attention keeps its dropout probability as a plain number: in eval it is 0 and the number waits in the node's metadata.
+    Attention keeps its dropout probability as a plain number: in eval it is 0 and the number waits in the node's
+    metadata.
     """
     for node in graph.nodes:
         if node.op != "call_function":
@@ -160,7 +164,7 @@ class TrainableModule(fx.GraphModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> TrainableModule:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         held = next(iter(self.state_dict(keep_vars=True).values()), None)
         if held is not None:
             set_device(self.graph, held.device)
@@ -188,7 +192,7 @@ def trainable(module: fx.GraphModule, structure_in: Any, structure_out: Any) -> 
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------- JSON text
+# -------------------------------------------------------------------------------------------------------- JSON text
 def target_name(target: Any) -> str:
     """`aten.conv2d.default` or `operator.add`; raises EditError for anything that has no such name."""
     if isinstance(target, torch._ops.OpOverload):
@@ -196,7 +200,7 @@ def target_name(target: Any) -> str:
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
     raise EditError(
-        f"the graph calls {getattr(target, '__name__', target)!r}, which is neither an ATen operator nor arithmetic on sizes",
+        f"the graph calls {getattr(target, '__name__', target)!r}, neither an ATen operator nor arithmetic on sizes",
         hint="control flow that depends on values cannot be held; rewrite that part with torch.where",
     )
 
@@ -295,7 +299,8 @@ def graph_from_json(rows: Iterable[list[Any]]) -> fx.Graph:
         return nodes[name]
 
     for row in rows:
-        op, name, target, args, kwargs, notes = (*row, *([[], {}, {}][len(row) - 3 :] if len(row) < 6 else []))
+        defaults: tuple[Any, ...] = ([], {}, {})
+        op, name, target, args, kwargs, notes = [*row, *defaults[len(row) - 3 :]]
         if op not in ("placeholder", "get_attr", "call_function", "output") or name in nodes:
             raise EditError(f"the graph has an unreadable node {name!r}")
         node = graph.create_node(

@@ -18,7 +18,7 @@ from penjing.errors import DataError, EditError, InputError
 from penjing.network import edits as edits_module
 from penjing.network import graph as flat
 from penjing.network import storage
-from penjing.network.groups import Groups, analyse
+from penjing.network.channels.groups import Groups, analyse
 from penjing.network.structure import leaves, structure_from_json, structure_to_json, substitute
 
 TOPOLOGY_VERSION = 1
@@ -66,7 +66,7 @@ class Network:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
 
-    # ------------------------------------------------------------------------------------------------------------ looking
+    # ------------------------------------------------------------------------------------------------------ looking
     @functools.cached_property
     def _tensors(self) -> dict[str, Tensor]:
         return flat.tensors_of(self.graph_module)
@@ -108,16 +108,20 @@ class Network:
         """The channel groups: what must be removed together (docs/tour.md)."""
         cache: dict[str, Groups] = self.__dict__.setdefault("_groups", {})
         if heads not in cache:
-            cache[heads] = analyse(self.graph_module, self.bind(self.example(1 if self.batch_is_dynamic else 2)), heads=heads)
+            cache[heads] = analyse(
+                self.graph_module, self.bind(self.example(1 if self.batch_is_dynamic else 2)), heads=heads
+            )
         return cache[heads]
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{i.name}: {'x'.join(map(str, i.shape))}" for i in self.inputs)
         return f"Network({self.name!r}, {self.parameter_count():,} parameters, inputs ({shapes}))"
 
-    # ------------------------------------------------------------------------------------------------------------ running
+    # ------------------------------------------------------------------------------------------------------ running
     def module(self) -> flat.TrainableModule:
-        """An ordinary trainable `nn.Module` in eval mode, with its own copies of all tensors under their original names."""
+        """An ordinary trainable `nn.Module` in eval mode, with its own copies of all tensors under their original
+        names.
+        """
         return flat.trainable(self.graph_module, self.structure_in, self.structure_out)
 
     def example(self, batch: int = 2, seed: int = 0) -> tuple[Any, ...] | dict[str, Any]:
@@ -139,7 +143,9 @@ class Network:
         for spec in self.inputs:
             given = bound[spec.name]
             if not isinstance(given, Tensor | np.ndarray):
-                raise DataError(f"input '{spec.name}' of {self.name} must be a tensor or an array, got {type(given).__name__}")
+                raise DataError(
+                    f"input '{spec.name}' of {self.name} must be a tensor or an array, got {type(given).__name__}"
+                )
             value = torch.as_tensor(given)
             fits = value.ndim == len(spec.shape) and all(
                 d in spec.dynamic or s == value.shape[d] for d, s in enumerate(spec.shape)
@@ -190,7 +196,7 @@ class Network:
         outputs = self.run(kwargs if kwargs and not args else (*args, *kwargs.values()))
         return substitute(self.structure_out, dict(zip(self.output_names, outputs, strict=True)))
 
-    # ----------------------------------------------------------------------------------------------------------- changing
+    # ----------------------------------------------------------------------------------------------------- changing
     def apply(self, edits: Iterable[edits_module.Edit]) -> Network:
         """A new Network with `edits` made in order; raises EditError and leaves nothing half done."""
         draft = edits_module.Draft(
@@ -207,7 +213,7 @@ class Network:
         """A copy whose history has one more event (plain JSON data)."""
         return self.replace(history=(*self.history, dict(event)))
 
-    # ------------------------------------------------------------------------------------------------------ plain values
+    # ------------------------------------------------------------------------------------------------- plain values
     def state(self) -> tuple[str, dict[str, np.ndarray[Any, Any]]]:
         """The topology as JSON text and the tensors as arrays: plain values that need no torch to be kept or sent.
 
@@ -266,7 +272,8 @@ class Network:
         from_here = Path(path)
         if from_here.suffix != ".safetensors":
             raise InputError(
-                f"a Network is saved as .safetensors, got {from_here.name}", hint="penjing pack writes the small .penjing"
+                f"a Network is saved as .safetensors, got {from_here.name}",
+                hint="penjing pack writes the small .penjing",
             )
         storage.write(from_here, *self.state(), key="penjing.network")
         return from_here
@@ -284,12 +291,23 @@ def _to_array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def _spec_to_json(spec: InputSpec) -> list[Any]:
-    return [spec.name, list(spec.shape), str(spec.dtype).removeprefix("torch."), spec.low, spec.high, list(spec.dynamic.items())]
+    return [
+        spec.name,
+        list(spec.shape),
+        str(spec.dtype).removeprefix("torch."),
+        spec.low,
+        spec.high,
+        list(spec.dynamic.items()),
+    ]
 
 
 def _spec_from_json(row: Sequence[Any]) -> InputSpec:
     name, shape, dtype, low, high, dynamic = row
     return InputSpec(
-        name=name, shape=tuple(shape), dtype=getattr(torch, dtype), low=low, high=high, dynamic={int(d): n for d, n in dynamic}
+        name=name,
+        shape=tuple(shape),
+        dtype=getattr(torch, dtype),
+        low=low,
+        high=high,
+        dynamic={int(d): n for d, n in dynamic},
     )
-

@@ -63,6 +63,8 @@ def _load_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise InputError(f"there is no module called '{error.name}'", hint="is it installed in this environment?") from None
+        raise InputError(
+            f"there is no module called '{error.name}'", hint="is it installed in this environment?"
+        ) from None
     except Exception as error:
         raise InputError(f"importing {name} raised {type(error).__name__}: {error}") from error

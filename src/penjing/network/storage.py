@@ -1,4 +1,6 @@
-"""One safetensors file that holds named arrays and a JSON text: how Networks and Plans are kept on disk without pickle."""
+"""One safetensors file that holds named arrays and a JSON text: how Networks and Plans are kept on disk without
+pickle.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def write(path: Path, text: str, arrays: Mapping[str, np.ndarray[Any, Any]], *, 
 
 
 def read(path: Path, *, key: str) -> tuple[str, dict[str, np.ndarray[Any, Any]]]:
-    """Text and arrays that `write` wrote under `key`; raises InputError for a file that is missing or something else."""
+    """Text and arrays that `write` wrote under `key`; raises InputError for a file that is missing or something
+    else.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -44,7 +48,7 @@ def read(path: Path, *, key: str) -> tuple[str, dict[str, np.ndarray[Any, Any]]]
                     f"{path} holds tensors but no {key.removeprefix('penjing.')}",
                     hint="a state dict alone has no topology: load it into its nn.Module and capture that",
                 )
-            return metadata[key], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return metadata[key], {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (OSError, SafetensorError) as error:

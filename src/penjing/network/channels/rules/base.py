@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from penjing.network.labels import Labels, Slots, Tape, compact, core, free, is_free
+from penjing.network.channels.labels import Labels, Slots, Tape, compact, core, free, is_free
 
 Rule = Callable[["Call"], Any]
 RULES: dict[str, Rule] = {}

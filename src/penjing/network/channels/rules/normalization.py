@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from penjing.network.labels import Slots, along, core, varying
-from penjing.network.rules.base import Call, rule
+from penjing.network.channels.labels import Slots, along, core, varying
+from penjing.network.channels.rules.base import Call, rule
 
 
 @rule(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from penjing.network.labels import along, core, is_free, varying
-from penjing.network.rules.base import Call, rule
+from penjing.network.channels.labels import along, core, is_free, varying
+from penjing.network.channels.rules.base import Call, rule
 
 
 @rule(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from penjing.network.labels import FREE, Collapse, Heads, Tape
+from penjing.network.channels.labels import FREE, Collapse, Heads, Tape
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -14,8 +14,8 @@ from zoo import ZOO
 import penjing as pj
 from penjing.errors import EditError
 from penjing.network import graph as flat
-from penjing.network.groups import analyse, kept_indices
-from penjing.network.remove import remove
+from penjing.network.channels.groups import analyse, kept_indices
+from penjing.network.channels.remove import remove
 
 WITH_HEADS = ["vit", "swin", "bert", "gpt2", "llama", "qwen3", "t5_encoder", "fused_attention", "wav2vec2"]
 

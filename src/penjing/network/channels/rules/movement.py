@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from penjing.network.labels import Labels, Slots, along, compact, core, is_free, varying
-from penjing.network.rules.base import Call, opaque, rule
+from penjing.network.channels.labels import Labels, Slots, along, compact, core, is_free, varying
+from penjing.network.channels.rules.base import Call, opaque, rule
 
 
 def _layers(call: Call, labels: Labels, move: Any) -> Any:

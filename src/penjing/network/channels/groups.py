@@ -1,8 +1,8 @@
 """Channel groups: what can be removed from a network, and everything that goes with it.
 
-The graph is run once on labels (`penjing.network.labels`, `penjing.network.rules`); labels that must go together form
-classes;
-classes with the same members form a `Group`. Nothing here depends on layer types, only on ATen operators.
+The graph is run once on labels (`penjing.network.channels.labels`, `penjing.network.channels.rules`); labels that
+must go together form classes; classes with the same members form a `Group`. Nothing here depends on layer types,
+only on ATen operators.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from penjing.errors import EditError
-from penjing.network.labels import Axis, Role, Tape
-from penjing.network.rules import trace
-from penjing.network.solve import Solution, solve
+from penjing.network.channels.labels import Axis, Role, Tape
+from penjing.network.channels.rules import trace
+from penjing.network.channels.solve import Solution, solve
 
 Ints = NDArray[np.int64]
 _ROLES: tuple[Role, ...] = ("producer", "consumer", "other")

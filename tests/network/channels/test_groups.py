@@ -8,7 +8,7 @@ from torch import nn
 from zoo import ZOO
 
 import penjing as pj
-from penjing.network.groups import Groups, analyse
+from penjing.network.channels.groups import Groups, analyse
 
 
 def analysed(model: nn.Module, *inputs: torch.Tensor, heads: str = "heads") -> Groups:

@@ -17,8 +17,8 @@ from zoo import build
 
 import penjing as pj
 from penjing.network import graph as flat
-from penjing.network.groups import Group, Groups, analyse
-from penjing.network.remove import remove
+from penjing.network.channels.groups import Group, Groups, analyse
+from penjing.network.channels.remove import remove
 
 TOLERANCE = 1e-4
 

@@ -10,11 +10,11 @@ import torch
 from oracles import TOLERANCE, Case, captured, distance, duplicated, masked, run
 
 from penjing.errors import EditError
-from penjing.network.groups import analyse
-from penjing.network.labels import core
-from penjing.network.resize import RESIZE
-from penjing.network.rules import RULES, Call
-from penjing.network.rules.elementwise import same
+from penjing.network.channels.groups import analyse
+from penjing.network.channels.labels import core
+from penjing.network.channels.resize import RESIZE
+from penjing.network.channels.rules import RULES, Call
+from penjing.network.channels.rules.elementwise import same
 
 
 def caught(name: str, heads: str = "heads") -> set[str]:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from penjing.errors import EditError
-from penjing.network.groups import Groups, kept_by, single, units_of
-from penjing.network.resize import RESIZE, Resizing
+from penjing.network.channels.groups import Groups, kept_by, single, units_of
+from penjing.network.channels.resize import RESIZE, Resizing
 
 Ints = NDArray[np.int64]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penjing.network.labels import Labels, Slots, along, core, free, is_free, varying
-from penjing.network.rules.base import Call, opaque, rule, spread
-from penjing.network.rules.contraction import mask_elements
+from penjing.network.channels.labels import Labels, Slots, along, core, free, is_free, varying
+from penjing.network.channels.rules.base import Call, opaque, rule, spread
+from penjing.network.channels.rules.contraction import mask_elements
 
 
 @rule("pointwise::any", "masked_fill", "where", "addcmul", "addcdiv", "lerp", "clamp", "heaviside", "floor_divide")

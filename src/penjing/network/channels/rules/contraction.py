@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from penjing.network.labels import Heads, Labels, Slots, Tape, along, core, free, is_free, varying
-from penjing.network.rules.base import Call, rule
+from penjing.network.channels.labels import Heads, Labels, Slots, Tape, along, core, free, is_free, varying
+from penjing.network.channels.rules.base import Call, rule
 
 
 def contract(call: Call, x: Labels, xl: str, y: Labels, yl: str, out: str, shape: Sequence[int]) -> Labels:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penjing.network.labels import along, core, is_free, varying
-from penjing.network.rules.base import Call, opaque, rule
+from penjing.network.channels.labels import along, core, is_free, varying
+from penjing.network.channels.rules.base import Call, opaque, rule
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")

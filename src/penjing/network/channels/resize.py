@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from penjing.errors import EditError
 
 if TYPE_CHECKING:
-    from penjing.network.remove import _Shrinker
+    from penjing.network.channels.remove import _Shrinker
 
 Ints = NDArray[np.int64]
 Resize = Callable[["Resizing"], fx.Node | None]
