@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from penjing.analysis.footprint import footprint
 from penjing.data import Data
 from penjing.errors import InputError, PenjingError
 from penjing.network import Network
-from penjing.network.footprint import footprint
 from penjing.progress import SILENT, Progress
 from penjing.recipe import Context, Plan, Recipe, Step
 from penjing.task import Task, get_task

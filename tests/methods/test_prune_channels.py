@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from penjing.analysis.footprint import footprint
 from penjing.data import Data
 from penjing.errors import RecipeError
 from penjing.methods.prune_channels import PruneChannels
 from penjing.network import MaskWeights, Network, QuantizeTensor, RemoveChannels, SetWeights, capture
-from penjing.network.footprint import footprint
 from penjing.recipe import Context, Plan, Recipe
 from penjing.task import get_task
 

@@ -40,9 +40,9 @@ def inspect(
     [bold]penjing inspect net.penjing[/]   [bold]penjing inspect net.py:build --input-shape 1x3x32x32 --groups[/]
     """
     from penjing import package
+    from penjing.analysis.footprint import footprint
     from penjing.data import load_data
     from penjing.evaluation import describe
-    from penjing.network.footprint import footprint
 
     screen: Screen = context.obj
     found: dict[str, Any] = {"schema": 1, "what": model}

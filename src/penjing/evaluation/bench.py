@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from penjing.analysis.footprint import footprint
 from penjing.data import Data
 from penjing.errors import TargetError
 from penjing.evaluation.describe import DataDigest, wire_bytes
@@ -19,7 +20,6 @@ from penjing.evaluation.memory import peak_memory
 from penjing.evaluation.metric import Arrays, Scored, fit_batch, score
 from penjing.evaluation.result import ArtifactFolder, TargetResult
 from penjing.network import Network
-from penjing.network.footprint import footprint
 from penjing.progress import Progress
 from penjing.runtimes import RUNTIMES, Artifact, Session, Target, uncompressed_settings
 from penjing.task import Task

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penjing.analysis.elimination import Reader, eliminate_units, readers_of, watch_inputs, without_units
+from penjing.analysis.footprint import Footprint, footprint
+from penjing.analysis.reconstruct import Refit, reconstruct
 from penjing.data import Data
 from penjing.errors import RecipeError
 from penjing.network import Network, RemoveChannels, SetWeights
 from penjing.network.channels.groups import Group, kept_indices
-from penjing.network.elimination import Reader, eliminate_units, readers_of, watch_inputs, without_units
-from penjing.network.footprint import Footprint, footprint
-from penjing.network.reconstruct import Refit, reconstruct
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.tensors.allocation import CostModel, Share, greedy, uniform
 from penjing.tensors.criteria import CRITERIA, ELIMINATION, NEED_GRADIENTS, Slices
@@ -48,7 +48,7 @@ class PruneChannels(Step):
     and both then hold. With samples a group loses the less the more the outputs suffer from losing half of it;
     without, all groups lose the same share. Which: `criterion` ("l1", "l2", "bn_scale", "taylor", "random", or "obs":
     what the layers behind can do without, judged on samples). With `reconstruct` and samples, the layers that lost
-    inputs are refitted, without labels (`penjing.network.reconstruct`). Counts are rounded up to multiples of
+    inputs are refitted, without labels (`penjing.analysis.reconstruct`). Counts are rounded up to multiples of
     `round_to`; `min_channels` stay everywhere. `where` selects the layers that make the channels; a group is touched
     only if all of its makers are selected.
     """

@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from penjing.analysis.operators import operator_name
+from penjing.analysis.passes import fold_batch_norms, fold_pads
+from penjing.analysis.placement import Layer, Placement, Quantizer, place
+from penjing.analysis.twin import Twin
 from penjing.errors import DataError, InputError, RecipeError
 from penjing.network.edits import Edit, QuantizeTensor, SetWeights
 from penjing.network.network import Network
-from penjing.network.operators import operator_name
-from penjing.network.passes import fold_batch_norms, fold_pads
-from penjing.network.placement import Layer, Placement, Quantizer, place
-from penjing.network.twin import Twin
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid, Ranges

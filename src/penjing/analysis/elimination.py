@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from penjing.analysis.lane import Lane
+from penjing.analysis.reconstruct import Layer, as_rows, find_layers, norm_scale, rows_wanted
 from penjing.network.channels.groups import Group
 from penjing.network.edits import SetWeights
-from penjing.network.lane import Lane
 from penjing.network.network import Network
-from penjing.network.reconstruct import Layer, as_rows, find_layers, norm_scale, rows_wanted
 from penjing.progress import SILENT, Progress
 from penjing.tensors.least_squares import Consumer, Elimination, Moments, eliminate
 

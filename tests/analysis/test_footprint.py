@@ -7,8 +7,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from penjing.analysis.footprint import footprint
 from penjing.network import SetWeights, capture
-from penjing.network.footprint import footprint
 
 
 class Mixed(nn.Module):

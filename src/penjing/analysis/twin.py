@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from penjing.network.operators import CONVOLUTIONS, argument, operator_name
+from penjing.analysis.operators import CONVOLUTIONS, argument, operator_name
 from penjing.tensors.grids import Grid, fake_quantize, sqnr
 
 

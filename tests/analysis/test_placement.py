@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penjing.analysis.placement import Placement, place
 from penjing.network import capture
-from penjing.network.placement import Placement, place
 
 
 def placed(

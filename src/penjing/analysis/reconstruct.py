@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from penjing.network.lane import Lane
+from penjing.analysis.lane import Lane
 from penjing.network.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.tensors.least_squares import Moments, refit

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from penjing.analysis.reconstruct import find_layers, reconstruct
 from penjing.network import Network, RemoveChannels, SetWeights, capture
 from penjing.network.channels.groups import kept_indices
-from penjing.network.reconstruct import find_layers, reconstruct
 
 
 class Residual(nn.Module):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from penjing.analysis.lane import Lane
 from penjing.network import Network, capture
-from penjing.network.lane import Lane
 
 
 class Branches(nn.Module):

@@ -21,8 +21,7 @@ from typing import Any
 
 from torch import fx
 
-from penjing.network.graph import get_tensor
-from penjing.network.operators import (
+from penjing.analysis.operators import (
     ADDITIONS,
     CONCATENATIONS,
     CONVOLUTIONS,
@@ -36,6 +35,7 @@ from penjing.network.operators import (
     operator_name,
     quantizes,
 )
+from penjing.network.graph import get_tensor
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from penjing.analysis.operators import CONVOLUTIONS, argument, convolution_form, operator_name
 from penjing.network import graph as flat
 from penjing.network.edits import Call, Edit, ReplaceLayer, SetWeights
 from penjing.network.network import Network
-from penjing.network.operators import CONVOLUTIONS, argument, convolution_form, operator_name
 
 #: Layers that take a batch norm in, with the positions of weight and bias.
 _LINEAR = {"aten::linear": (1, 2)}

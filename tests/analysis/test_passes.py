@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from penjing.analysis.operators import operator_name
+from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.network import Network, capture
-from penjing.network.operators import operator_name
-from penjing.network.passes import fold_batch_norms, fold_pads
 
 
 def operators(network: Network) -> list[str]:
