@@ -84,11 +84,16 @@ def test_wrong_sources(make: object, words: str) -> None:
         make()
 
 
-def test_a_generator_is_not_silently_empty_the_second_time() -> None:
+def test_a_generator_can_be_walked_again() -> None:
     data = Data(SOURCES["generator"]())
-    list(data.batches(4))
-    with pytest.raises(DataError, match="only once"):
-        list(data.batches(4))
+    data.first()
+    assert [len(y) for _, y in data.batches(4)] == [len(y) for _, y in data.batches(4)] == [4, 4, 2]
+
+    def endless() -> object:
+        while True:
+            yield X[:4], Y[:4]
+
+    assert sum(len(y) for _, y in Data(endless()).batches(4, limit=10)) == 10
 
 
 def test_from_a_command_line(tmp_path: Path) -> None:

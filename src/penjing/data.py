@@ -30,7 +30,7 @@ class Data:
 
     `source` is a Dataset, a DataLoader, an iterable of batches (or of Data's kind itself), or a tuple of arrays (x,
     y). Inputs are a tensor, a tuple or a dictionary of tensors; labels may be missing (None). uint8 becomes float32
-    in 0..1. Iterables that can be walked only once are refused when they are walked again.
+    in 0..1. Iterables that can be walked only once are kept in memory as they are walked.
     """
 
     def __init__(self, source: Any) -> None:
@@ -48,8 +48,7 @@ class Data:
             )
         if isinstance(source, Sequence | Dataset | DataLoader) and _length(source) == 0:
             raise DataError("the data is empty")
-        self._source = source
-        self._spent = False
+        self._source = _Replayed(source) if isinstance(source, Iterator) else source
 
     def __len__(self) -> int:
         """Number of samples; TypeError if it is not known."""
@@ -69,8 +68,7 @@ class Data:
         size.
 
         `shuffle` draws a new order by `seed` (of datasets only). `limit` ends after so many samples. Raises
-        DataError when there are none, when a floating-point input is NaN, or when a one-time iterable is walked a
-        second time.
+        DataError when there are none, or when a floating-point input is NaN.
         """
         seen = 0
         for batch in self._raw(batch_size, shuffle, seed):
@@ -107,12 +105,24 @@ class Data:
         elif isinstance(source, DataLoader | Sequence):
             yield from source
         else:
-            if self._spent:
-                raise DataError(
-                    "the data can be walked only once, and is needed again", hint="give a list of batches or a Dataset"
-                )
-            self._spent = iter(source) is source
             yield from source
+
+
+class _Replayed(Iterable[Any]):
+    """A one-time iterable that can be walked again: what has been walked is kept in memory."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self._kept: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in itertools.count():
+            while number >= len(self._kept):
+                try:
+                    self._kept.append(next(self._source))
+                except StopIteration:
+                    return
+            yield self._kept[number]
 
 
 def _slices(tensors: Sequence[Tensor], batch_size: int, shuffle: bool, seed: int) -> Iterator[tuple[Tensor, ...]]:

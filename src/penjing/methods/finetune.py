@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,6 @@ class Finetune(Step):
     weight_decay: float = 5e-4
     augment: str | None = None
 
-    needs_data: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         infinity = float("inf")
         self.require_between("epochs", 0, infinity, open_low=True)
@@ -63,7 +61,9 @@ class Finetune(Step):
 
     def plan(self, network: Network, context: Context) -> Plan:
         """Trains a copy; the Plan holds the new values of every tensor that changed."""
-        data = self._check(network, context)
+        self.check(context)
+        self._fits(network)
+        data = cast(Data, context.data)
         student = network.module()
         teacher = context.original.module() if self.teacher else None
         fast = _channels_last(data, student, *([teacher] if teacher else []))
@@ -89,19 +89,10 @@ class Finetune(Step):
         )
         return self._result(network, student, trained)
 
-    def _check(self, network: Network, context: Context) -> Data:
+    def check(self, context: Context) -> None:
+        """Training needs samples, and labels with a task unless a teacher is followed."""
         if context.data is None:
             raise DataError("Finetune needs samples and no data was given")
-        if network.is_quantized:
-            raise RecipeError(
-                "Finetune cannot train a network that is already quantized", hint="put Finetune before Quantize"
-            )
-        if not network.batch_is_dynamic and network.inputs[0].shape[0] != self.batch_size:
-            fixed = network.inputs[0].shape[0]
-            raise RecipeError(
-                f"Finetune.batch_size must be {fixed}, got {self.batch_size}: {network.name} takes no other number",
-                hint="capture the network with a batch size that may change",
-            )
         if self.teacher is None:
             if context.task is None:
                 raise RecipeError(
@@ -113,9 +104,20 @@ class Finetune(Step):
                     "Finetune needs labels and the data has none",
                     hint="give labelled samples, or learn without labels by teacher: original",
                 )
+
+    def _fits(self, network: Network) -> None:
+        if network.is_quantized:
+            raise RecipeError(
+                "Finetune cannot train a network that is already quantized", hint="put Finetune before Quantize"
+            )
+        if not network.batch_is_dynamic and network.inputs[0].shape[0] != self.batch_size:
+            fixed = network.inputs[0].shape[0]
+            raise RecipeError(
+                f"Finetune.batch_size must be {fixed}, got {self.batch_size}: {network.name} takes no other number",
+                hint="capture the network with a batch size that may change",
+            )
         if not any(matches(self.where, name) for name in network.parameter_names):
             raise RecipeError(f"Finetune.where selects no parameter, got {self.where!r}")
-        return context.data
 
     def _batches(
         self, data: Data, teacher: nn.Module | None, context: Context, fast: bool

@@ -77,17 +77,21 @@ class PruneChannels(Step):
         self.require_between("min_channels", 1, float("inf"))
         self.require_between("samples", 1, float("inf"))
 
-    def plan(self, network: Network, context: Context) -> Plan:
-        """Decides on the channels, tries them out on copies, and refits what reads them."""
-        if network.is_quantized:
-            raise RecipeError(
-                "PruneChannels cannot change a network that is already quantized",
-                hint="put PruneChannels before Quantize",
-            )
+    def check(self, context: Context) -> None:
+        """Criteria that look at gradients need labelled samples."""
         if self.criterion in NEED_GRADIENTS and (context.data is None or context.task is None):
             raise RecipeError(
                 f"criterion '{self.criterion}' needs samples with labels and a task",
                 hint="give data and task, or use 'l2', which needs neither",
+            )
+
+    def plan(self, network: Network, context: Context) -> Plan:
+        """Decides on the channels, tries them out on copies, and refits what reads them."""
+        self.check(context)
+        if network.is_quantized:
+            raise RecipeError(
+                "PruneChannels cannot change a network that is already quantized",
+                hint="put PruneChannels before Quantize",
             )
         notes: list[str] = []
         groups = [g for g in network.groups() if self._selected(g)]

@@ -73,13 +73,17 @@ class Quantize(Step):
             words = " or ".join(repr(k) for k in known)
             raise RecipeError(f"Quantize.{field} must be {words}, got {value!r}", hint=_LATER)
 
-    def plan(self, network: Network, context: Context) -> Plan:
-        """Edits for folding, biases, weights and activations; a reason for every layer, with its SQNR in dB."""
+    def check(self, context: Context) -> None:
+        """Static activations need samples."""
         if self.activations is not None and context.data is None:
             raise DataError(
                 "Quantize needs samples to find the ranges of the activations",
                 hint="give data (a hundred samples without labels are enough), or use Quantize(activations=None)",
             )
+
+    def plan(self, network: Network, context: Context) -> Plan:
+        """Edits for folding, biases, weights and activations; a reason for every layer, with its SQNR in dB."""
+        self.check(context)
         return _Planner(self, network, context).plan()
 
 
