@@ -58,7 +58,8 @@ def evaluate(
         baseline: the uncompressed network; None reports the network alone.
         target: one target or several, as ``"openvino:threads=2"``; the first is the main one.
         task: what the metric is; None takes the network's own, and without one fidelity to the baseline (no labels
-        needed). steps: rows for the step-by-step table, as ``compress`` gives them.
+            needed).
+        steps: rows for the step-by-step table, as ``compress`` gives them.
         plans: the Plans of those steps; their reasons are shown with them.
         constraints: ``"latency<=0.5x, accuracy>=-1%"``, judged on the main target.
         seed: of the bootstrap and the order of timing.
