@@ -52,9 +52,11 @@ def fold_pads(network: Network) -> tuple[Edit, ...]:
         if extra is None or not all(_takes_padding(u, node, len(extra)) for u in users):
             continue
         for user in users:
-            arguments = [*user.args, *[None, [1], [0]][len(user.args) - 2 :]] if len(user.args) < 5 else list(user.args)
+            sizes = len(extra)
+            defaults: list[Any] = [None, [1] * sizes, [0] * sizes]  # bias, stride, padding
+            arguments = [*user.args, *defaults[len(user.args) - 2 :]] if len(user.args) < 5 else list(user.args)
             held = [int(p) for p in arguments[4]]
-            held = held * len(extra) if len(held) == 1 else held
+            held = held * sizes if len(held) == 1 else held
             arguments[4] = [p + e for p, e in zip(held, extra, strict=True)]
             folded.append(_call_again(user, arguments))
         folded.append(ReplaceLayer(node=node.name))
