@@ -16,7 +16,6 @@ from torch import nn
 import penjing as pj
 from penjing.network import Network, QuantizeTensor
 from penjing.runtimes import RUNTIMES, Executed
-from penjing.runtimes.onnx_passes import may_saturate
 
 Quantized = Callable[..., Network]
 INTEGERS = ("onnxruntime", "openvino")
@@ -82,21 +81,6 @@ def test_full_range_weights_are_exact_in_onnxruntime(tmp_path: Path, quantized: 
     assert kinds["depthwise"] == {TensorProto.INT8}
     session = RUNTIMES.get("onnxruntime").load(artifact.path)
     assert _products(session.executed()) == {"int8": len(LAYERS)}
-
-
-def test_may_saturate_is_the_bound_of_16_bits() -> None:
-    """Against vpmaddubsw itself, computed here: clip(255·a + 255·b) for every pair that a kernel could add."""
-    generator = np.random.default_rng(0)
-    for _ in range(300):
-        top = int(generator.integers(40, 128))
-        codes = generator.integers(-top, top + 1, size=(3, 4)).astype(np.int8)
-        pairs = codes[:, :, None].astype(int) + codes[:, None, :].astype(int)
-        pairs[:, range(4), range(4)] = 0
-        sums = 255 * np.maximum(pairs.max(), 0), 255 * np.minimum(pairs.min(), 0)
-        overflows = sums[0] > 32767 or sums[1] < -32768
-        assert may_saturate(codes, 0) == overflows
-    assert not may_saturate(np.array([[127, -127]], np.int8), 0)
-    assert may_saturate(np.array([[127, 127]], np.int8), None)
 
 
 def test_narrow_grids_keep_their_range(tmp_path: Path) -> None:

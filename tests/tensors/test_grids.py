@@ -120,28 +120,6 @@ def test_limits() -> None:
         grids.limits("float8")
 
 
-@pytest.mark.parametrize("axis", [0, 1, None])
-def test_no_pair_of_products_can_saturate(axis: int | None) -> None:
-    w = torch.randn(16, 33, 3, 3)
-    w[0, 0, 0, :2] = 3.0
-    w[1] = 0.0
-    grid = grids.without_saturation(w, tensor_grid(w, -127, 127, axis=axis))
-    q = quantize(w, grid).int()
-    rows = q.reshape(1, -1) if axis is None else q.movedim(axis, 0).reshape(w.shape[axis], -1)
-    top, bottom = rows.topk(2).values.sum(1), (-rows).topk(2).values.sum(1)
-    assert int(top.max()) <= 128 and int(bottom.max()) <= 128
-    # No more is given up than needed: the worst pair of each channel comes close to the limit, or the largest to 127.
-    worst = torch.maximum(torch.maximum(top, bottom), rows.abs().amax(1) + 1)
-    assert (worst[rows.abs().amax(1) > 0] >= 126).all()
-
-
-def test_a_lone_large_weight_keeps_the_whole_range() -> None:
-    w = torch.full((1, 50), 0.001)
-    w[0, 7] = 1.0
-    grid = tensor_grid(w, -127, 127, axis=0)
-    assert torch.equal(grids.without_saturation(w, grid).scale, grid.scale)
-
-
 def test_sqnr() -> None:
     x = torch.randn(10_000)
     assert grids.sqnr(x, x) == math.inf

@@ -44,7 +44,7 @@ class Layer:
 
     `parameter` is None for a product of two activations. `axis` is the parameter's axis of output channels, None where
     a kernel wants one scale for the whole tensor. `integer` says that both factors can be integers; otherwise the
-    weight is only stored as integers. `depthwise`: one input channel a filter.
+    weight is only stored as integers. `depthwise`: one filter for each input channel, which kernels treat apart.
     """
 
     node: str
@@ -175,7 +175,7 @@ class _Placer:
         transposed, groups = convolution_form(node)
         axis: int | None = (1 if groups == 1 else None) if transposed else 0
         kind = "conv_transpose" if transposed else "conv"
-        self._add(node, parameter, axis, kind, depthwise=not transposed and shape[1] == 1)
+        self._add(node, parameter, axis, kind, depthwise=not transposed and 1 < groups == shape[0] and shape[1] == 1)
 
     def _product(self, node: fx.Node, name: str) -> None:
         first, second = (node.args[i] for i in PRODUCTS[name])

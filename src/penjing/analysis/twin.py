@@ -17,17 +17,17 @@ from penjing.tensors.grids import Grid, fake_quantize, sqnr
 class Twin:
     """Runs a float graph twice in one walk, as it is and with weights and activations on grids.
 
-    `weights` maps parameters to their grids; `quantizers` are (value, its users or None for all, grid). At each layer
-    in `correct` that has a bias of its own, the bias moves so that the mean of each output channel equals the float
-    one before the next layer is computed; `biases` holds the new values, by name. `sqnr` holds, in dB, how well the
-    quantized twin's value stands for the float one, at every quantizer (with its own rounding) and every layer in
-    `correct`.
+    `weights` maps parameters to their rounded values; `quantizers` are (value, its users or None for all, grid). At
+    each layer in `correct` that has a bias of its own, the bias moves so that the mean of each output channel equals
+    the float one before the next layer is computed; `biases` holds the new values, by name. `sqnr` holds, in dB, how
+    well the quantized twin's value stands for the float one, at every quantizer (with its own rounding) and every layer
+    in `correct`.
     """
 
     def __init__(
         self,
         module: fx.GraphModule,
-        weights: Mapping[str, Grid],
+        weights: Mapping[str, Tensor],
         quantizers: Iterable[tuple[str, tuple[str, ...] | None, Grid]],
         correct: Collection[str],
         layers: Collection[str] | None = None,
@@ -102,8 +102,8 @@ class Twin:
         value = self._tensor(parameter)[1]
         channel = 1 if name in CONVOLUTIONS else plain[node].ndim - 1
         others = [d for d in range(1, plain[node].ndim) if d != channel]
-        missing = plain[node].double() - twin[node].double()
-        missing = missing.mean(others) if others else missing
+        missing = plain[node] - twin[node]
+        missing = missing.mean(others, dtype=torch.float64) if others else missing.double()
         if missing.ndim != 2 or len(missing) < 2:
             return
         shift, doubt = missing.mean(0), missing.var(0) / len(missing)
@@ -138,6 +138,5 @@ class Twin:
             for part in name.split("."):
                 holder = getattr(holder, part)
             value = holder.detach()
-            grid = self.weights.get(name)
-            self._tensors[name] = (value, value if grid is None else fake_quantize(value, grid))
+            self._tensors[name] = (value, self.weights.get(name, value))
         return self._tensors[name]

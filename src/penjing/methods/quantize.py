@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,8 +20,9 @@ from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid, Ranges
 from penjing.tensors.observers import Observer
+from penjing.tensors.saturation import LIMIT, without_saturation
 
-_BATCH = 32
+_BATCH, _BATCH_VALUES = 32, 2**19  # what fits a processor's caches is faster
 _LATER = (
     "available now: weights='int8', activations='int8' or None, granularity='channel' or 'tensor', rounding='nearest'"
 )
@@ -39,8 +40,8 @@ class Quantize(Step):
     loses least information (Kullback-Leibler). Weights follow "mse"; otherwise they take all of their range, since
     with a scale a channel clipping only hurts them. `samples` is how many samples are looked at.
 
-    `headroom` keeps each pair of weights small enough for kernels that add two products in 16 bits (x86 without VNNI
-    would saturate); it costs a part of a bit in layers whose two largest weights have one sign. `correct_bias` moves
+    `headroom` makes neighbouring weights small enough for kernels that add their products in 16 bits (x86 without VNNI
+    would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves
     biases so that every layer's mean output comes near that of the float network, layer after layer, as far as the
     samples agree on it (Nagel et al., "Data-free quantization through weight equalization and bias correction",
     2019).
@@ -87,6 +88,12 @@ class Quantize(Step):
         return _Planner(self, network, context).plan()
 
 
+@dataclass(frozen=True)
+class _Weight:
+    grid: Grid
+    rounded: Tensor  # its values on that grid; not always the nearest
+
+
 class _Planner:
     def __init__(self, settings: Quantize, network: Network, context: Context) -> None:
         self.settings, self.network, self.context = settings, network, context
@@ -119,7 +126,8 @@ class _Planner:
             biases = twin.biases
         edits: list[Edit] = [*folding, *norms]
         edits += [SetWeights(parameter=name, value=value) for name, value in biases.items()]
-        edits += [_weight_edit(name, grid, self.settings.weights) for name, grid in weights.items()]
+        for name, weight in weights.items():
+            edits += _weight_edits(name, folded.tensors()[name].detach(), weight, self.settings.weights)
         edits += [_activation_edit(q, activations[q.grid]) for q in placement.quantizers]
         reasons = self._reasons(folded, placement, weights, twin)
         return Plan(
@@ -127,7 +135,7 @@ class _Planner:
         )
 
     # ----------------------------------------------------------------------------------------------------- weights
-    def _weights(self, network: Network, placement: Placement) -> dict[str, Grid]:
+    def _weights(self, network: Network, placement: Placement) -> dict[str, _Weight]:
         """A grid for every parameter that only layers read; a parameter shared by several layers has one."""
         readers: dict[str, list[Layer]] = {}
         for layer in placement.layers:
@@ -142,20 +150,25 @@ class _Planner:
                 continue
             axes = {layer.axis for layer in layers}
             axis = axes.pop() if len(axes) == 1 and self.settings.granularity == "channel" else None
-            found[name] = self._weight_grid(name, tensors[name].detach(), axis, layers)
+            found[name] = self._weight(name, tensors[name].detach(), axis, layers)
         return found
 
-    def _weight_grid(self, name: str, weight: Tensor, axis: int | None, layers: list[Layer]) -> Grid:
+    def _weight(self, name: str, weight: Tensor, axis: int | None, layers: list[Layer]) -> _Weight:
         low, high = grids.limits(self.settings.weights, narrow=self.settings.symmetric)
         ranges: Ranges = "mse" if self.settings.ranges == "mse" else "minmax"
         try:
             grid = grids.tensor_grid(weight, low, high, axis=axis, symmetric=self.settings.symmetric, ranges=ranges)
         except ValueError as error:
             raise InputError(f"{name} cannot be quantized: {error}", hint="exclude it with where") from error
-        integer = self.settings.activations is not None and any(x.integer and not x.depthwise for x in layers)
-        if integer and self.settings.headroom and self.settings.symmetric:
-            grid = grids.without_saturation(weight, grid)
-        return grid
+        if self.settings.headroom and self.settings.symmetric and self.settings.activations is not None:
+            channels = {x.axis for x in layers if x.integer and not x.depthwise}
+            if len(channels) == 1 and (channel := channels.pop()) is not None:
+                return _Weight(*without_saturation(weight, grid, channel))
+            if channels:  # which values are neighbours differs from layer to layer: any two must fit
+                half = LIMIT // 2
+                coarse = replace(grid, scale=grid.scale * (high / half))
+                return _Weight(coarse, grids.fake_quantize(weight, replace(coarse, quant_min=-half, quant_max=half)))
+        return _Weight(grid, grids.fake_quantize(weight, grid))
 
     # ------------------------------------------------------------------------------------------------- activations
     def _activations(self, network: Network, placement: Placement) -> dict[int, Grid]:
@@ -187,7 +200,7 @@ class _Planner:
         return {number: _activation_grid(o.range(ranges, high - low + 1), low, high) for number, o in merged.items()}
 
     def _compare(
-        self, network: Network, placement: Placement, weights: dict[str, Grid], activations: dict[int, Grid]
+        self, network: Network, placement: Placement, weights: dict[str, _Weight], activations: dict[int, Grid]
     ) -> Twin:
         """Float and quantized network side by side on a few samples, biases corrected on the way."""
         small = all(torch.Size(i.shape[1:]).numel() <= 3 * 64 * 64 for i in network.inputs)
@@ -196,7 +209,8 @@ class _Planner:
         together = rows[0] if not network.batch_is_dynamic else tuple(torch.cat(r) for r in zip(*rows, strict=True))
         quantizers = [(q.value, q.users, activations[q.grid]) for q in placement.quantizers]
         correct = {layer.node for layer in placement.layers if layer.integer} if self.settings.correct_bias else set()
-        twin = Twin(network.graph_module, weights, quantizers, correct)
+        rounded = {name: weight.rounded for name, weight in weights.items()}
+        twin = Twin(network.graph_module, rounded, quantizers, correct)
         with self.context.progress.task("comparing with the float network", None):
             twin.run(*together)
         return twin
@@ -205,14 +219,14 @@ class _Planner:
         if self.context.data is None:
             raise DataError("Quantize needs samples")
         fixed = network.inputs[0].shape[0]
-        size = min(_BATCH, limit) if network.batch_is_dynamic else fixed
+        size = min(_batch(network), limit) if network.batch_is_dynamic else fixed
         for inputs, _ in self.context.data.batches(size, limit=max(limit, size)):
             if network.batch_is_dynamic or len(next(iter(network.bind(inputs).values()))) == fixed:
                 yield inputs
 
     # ----------------------------------------------------------------------------------------------------- reasons
     def _reasons(
-        self, network: Network, placement: Placement, weights: Mapping[str, Grid], twin: Twin | None
+        self, network: Network, placement: Placement, weights: Mapping[str, _Weight], twin: Twin | None
     ) -> tuple[Reason, ...]:
         tensors, reasons = network.tensors(), []
         for layer in placement.layers:
@@ -221,9 +235,9 @@ class _Planner:
             words, choice = [], f"{self.settings.activations} inputs" if layer.integer and twin else ""
             score: float | None = None
             if layer.parameter is not None:
-                weight, grid = tensors[layer.parameter].detach(), weights[layer.parameter]
-                score = grids.sqnr(weight, grids.fake_quantize(weight, grid))
-                kind = "channel" if grid.axis is not None else "tensor"
+                weight = weights[layer.parameter]
+                score = grids.sqnr(tensors[layer.parameter].detach(), weight.rounded)
+                kind = "channel" if weight.grid.axis is not None else "tensor"
                 choice = f"{self.settings.weights} weights per {kind}" + (f", {choice}" if choice else "")
                 words.append(f"weights {score:.1f} dB")
             if twin is not None and layer.integer:
@@ -265,12 +279,20 @@ class _Watcher(fx.Interpreter):
         return value
 
 
+def _batch(network: Network) -> int:
+    values = sum(torch.Size(i.shape[1:]).numel() for i in network.inputs)
+    return max(4, min(_BATCH, _BATCH_VALUES // max(1, values)))
+
+
 def _activation_grid(limits: tuple[float, float], quant_min: int, quant_max: int) -> Grid:
     return grids.affine_grid(torch.tensor(limits[0]), torch.tensor(limits[1]), quant_min, quant_max)
 
 
-def _weight_edit(name: str, grid: Grid, dtype: str) -> QuantizeTensor:
-    return QuantizeTensor(
+def _weight_edits(name: str, before: Tensor, weight: _Weight, dtype: str) -> list[Edit]:
+    grid = weight.grid
+    nearest = torch.equal(grids.fake_quantize(before, grid), weight.rounded)
+    edits: list[Edit] = [] if nearest else [SetWeights(parameter=name, value=weight.rounded)]
+    quantized = QuantizeTensor(
         tensor=name,
         scale=grid.scale,
         zero_point=grid.zero_point,
@@ -279,6 +301,7 @@ def _weight_edit(name: str, grid: Grid, dtype: str) -> QuantizeTensor:
         quant_min=grid.quant_min,
         quant_max=grid.quant_max,
     )
+    return [*edits, quantized]
 
 
 def _activation_edit(quantizer: Quantizer, grid: Grid) -> QuantizeTensor:

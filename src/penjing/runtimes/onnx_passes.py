@@ -25,13 +25,14 @@ class Dialect:
     """The types that a runtime computes fastest in and that are right on every CPU.
 
     `unsigned_activations`: int8 grids of activations become uint8.
-    `unsigned_weights(codes, axis, depthwise) -> bool`: whether these int8 weights become uint8 (zero point 128).
+    `unsigned_weights(codes, axis, depthwise) -> bool`: whether these int8 weights, with their output channels on
+    `axis`, become uint8 (zero point 128).
     `integer_bias`: the bias of an integer Gemm becomes int32 on the grid of its products (ONNX Runtime needs that).
     `carried_grids`: what only moves values gets its inputs' grid behind it as well (ONNX Runtime needs that).
     """
 
     unsigned_activations: bool
-    unsigned_weights: Callable[[Array, int | None, bool], bool]
+    unsigned_weights: Callable[[Array, int, bool], bool]
     integer_bias: bool
     carried_grids: bool
 
@@ -53,21 +54,6 @@ def run(model: Any, dialect: Dialect) -> None:
     if dialect.carried_grids:
         carry_grids(graph)
     _sweep(model)
-
-
-def may_saturate(codes: Array, axis: int | None) -> bool:
-    """Whether two products of uint8 activations with these int8 weights can overflow 16 bits when added.
-
-    x86 before VNNI adds neighbouring products in int16 (vpmaddubsw): 255·(a+b) must stay within ±32767. Which weights
-    are neighbours is the kernel's business, so the two largest of one sign in each output channel are looked at.
-    """
-    rows = np.moveaxis(codes, axis, 0).reshape(codes.shape[axis], -1) if axis is not None else codes.reshape(1, -1)
-    if rows.shape[1] < 2:
-        return False
-    rows = rows.astype(np.int16)
-    high = np.partition(rows, rows.shape[1] - 2, axis=1)[:, -2:].clip(min=0).sum(axis=1)
-    low = np.partition(rows, 1, axis=1)[:, :2].clip(max=0).sum(axis=1)
-    return bool((high > 128).any() or (low < -128).any())
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
@@ -321,8 +307,8 @@ def _weights(graph: Any, dialect: Dialect) -> None:
             continue
         axis = _attribute(source, "axis", 1) % codes.ndim if scale.ndim else None
         groups = _attribute(node, "group", 1)
-        depthwise = node.op_type == "Conv" and groups > 1 and codes.shape[1] == 1
-        if not dialect.unsigned_weights(codes, axis, depthwise):
+        depthwise = node.op_type == "Conv" and 1 < groups == codes.shape[0] and codes.shape[1] == 1
+        if not dialect.unsigned_weights(codes, _output_axis(node, codes.ndim), depthwise):
             continue
         made = _dequantize(
             [
@@ -336,6 +322,13 @@ def _weights(graph: Any, dialect: Dialect) -> None:
             _set_axis(made, axis)
         graph.insert_before(source, made)
         node.replace_input_with(1, made.outputs[0])
+
+
+def _output_axis(node: Any, rank: int) -> int:
+    """The axis of a product's weight that holds the output channels."""
+    if node.op_type == "Gemm":
+        return 0 if _attribute(node, "transB", 0) else 1
+    return {"Conv": 0, "ConvTranspose": 1}.get(node.op_type, rank - 1)
 
 
 def _bias_to_integers(graph: Any) -> None:

@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU.
 
-Dialect: uint8 activations; int8 weights where two products cannot overflow 16 bits (see `onnx_passes.may_saturate`),
+Dialect: uint8 activations; int8 weights where two products cannot overflow 16 bits (see `tensors.saturation`),
 else uint8 with zero point 128. Measured on a CPU with AVX2 and no VNNI: int8 weights of full range give results that
 are off by tens of steps; uint8 ones are exact and about 35 % slower; int8 ones of safe range are exact and fast.
 Depthwise convolutions have a kernel of their own that does not overflow.
@@ -19,7 +19,8 @@ import torch
 
 from penjing.runtimes import onnx_graph
 from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, register
-from penjing.runtimes.onnx_passes import Dialect, may_saturate
+from penjing.runtimes.onnx_passes import Dialect
+from penjing.tensors.saturation import may_saturate
 
 if TYPE_CHECKING:
     from penjing.network import Network
@@ -44,8 +45,8 @@ _MOVES = frozenset(
 )
 
 
-def _unsigned(codes: Array, axis: int | None, depthwise: bool) -> bool:
-    return not depthwise and may_saturate(codes, axis)
+def _unsigned(codes: Array, axis: int, depthwise: bool) -> bool:
+    return not depthwise and may_saturate(torch.from_numpy(np.array(codes)), axis)
 
 
 DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_unsigned, integer_bias=True, carried_grids=True)

@@ -104,11 +104,10 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 def sqnr(x: Tensor, y: Tensor) -> float:
     """Signal to quantization noise ratio of `y` standing in for `x`, in dB (inf when equal)."""
-    noise = float((x.double() - y.double()).square().sum())
-    signal = float(x.double().square().sum())
+    signal, noise = (float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in (x, x - y))
     if noise == 0.0:
         return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    return 20.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 
 def tensor_grid(
@@ -238,29 +237,3 @@ def _spread(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     shape = [1] * x.ndim
     shape[grid.axis] = -1
     return grid.scale.view(shape), grid.zero_point.view(shape)
-
-
-def without_saturation(x: Tensor, grid: Grid, limit: int = 128) -> Grid:
-    """`grid` with its scales raised just so far that no two integers of one sign in a channel add to more than `limit`.
-
-    x86 without VNNI instructions multiplies unsigned activations (at most 255) by signed weights in pairs and adds the
-    two products in 16 bits: 255 · 128 ≤ 32767 never saturates, 255 · 254 does. For symmetric grids with zero point 0.
-    """
-    rows, _ = _rows(x, grid.axis, grid.group)
-    scale = grid.scale.reshape(-1)
-    largest = scale[:, None] * grid.quant_max  # what is beyond is clipped, and counts no more than this
-    scale = torch.maximum(scale, _worst_pair(rows.clamp(-largest, largest)) / limit)
-    for _ in range(2000):  # rounding can still lift a pair by one; and less is clipped as the scale grows
-        middle = torch.zeros_like(scale, dtype=torch.int64)
-        over = _worst_pair(quantize(rows, Grid(scale, middle, grid.quant_min, grid.quant_max, 0)).int()) > limit
-        if not bool(over.any()):
-            break
-        scale = torch.where(over, scale * 1.002, scale)
-    return Grid(scale.view(grid.scale.shape), grid.zero_point, grid.quant_min, grid.quant_max, grid.axis, grid.group)
-
-
-def _worst_pair(rows: Tensor) -> Tensor:
-    """In each row, the largest magnitude that two values of one sign add up to."""
-    count = min(2, rows.shape[1])
-    above, below = rows.topk(count, dim=1).values, (-rows).topk(count, dim=1).values
-    return torch.maximum(above.clamp(min=0).sum(1), below.clamp(min=0).sum(1))

@@ -13,7 +13,7 @@ BINS = 4096  # on each side of zero
 
 
 class Observer:
-    """Exact minimum, maximum and count, the mean square, and (unless `histogram` is off) a histogram about zero.
+    """Exact minimum, maximum and count, and (unless `histogram` is off) a histogram about zero.
 
     The histogram's bins have a width of a power of two: when a larger value arrives, neighbours are merged until it
     fits. So what is seen does not depend on order or size of the batches, and two observers merge without any loss.
@@ -22,7 +22,6 @@ class Observer:
 
     def __init__(self, *, histogram: bool = True) -> None:
         self.low, self.high, self.count, self.broken = math.inf, -math.inf, 0, 0
-        self.power = 0.0  # sum of squares
         self._exponent: int | None = None  # the bins are 2**exponent wide
         self._counts = torch.zeros(2 * BINS, dtype=torch.int64) if histogram else None
 
@@ -38,7 +37,6 @@ class Observer:
             return self.update(finite)
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.count += x.numel()
-        self.power += float(x.double().square().sum())
         if self._counts is not None:
             self._grow(_exponent(max(abs(low), abs(high))))
             width = 2.0 ** (self._exponent or 0)
@@ -49,11 +47,7 @@ class Observer:
     def merge(self, other: Observer) -> None:
         """Adds everything that `other` has seen (which is not changed)."""
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-        self.count, self.broken, self.power = (
-            self.count + other.count,
-            self.broken + other.broken,
-            self.power + other.power,
-        )
+        self.count, self.broken = self.count + other.count, self.broken + other.broken
         if self._counts is None or other._counts is None or other._exponent is None:
             return
         copy = Observer()
