@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/penjing demo
 
-# -n 2: two processes of one thread each; the second line holds what needs the machine for itself.
+# Two processes of one thread each: the suite is many small networks.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
@@ -20,6 +20,7 @@ check: $(READY)
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: penjing needs Python 3.11 or newer\nhint: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@echo "making $(VENV): this takes some minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
