@@ -14,6 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, a file's tests stay in one, so that networks are captured once; the zoo's files too."""
+    for item in items:
+        path = item.path.relative_to(ROOT)
+        item.add_marker(pytest.mark.xdist_group("zoo" if "channels" in path.parts else str(path)))
+
+
 @pytest.fixture(scope="session")
 def hub() -> ModuleType:
     """The module with the pretrained networks and real data sets; skips where they are not on this machine."""
