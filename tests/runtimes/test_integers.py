@@ -10,11 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from torch import nn
 
 import penjing as pj
+from penjing.data import Data
+from penjing.methods.quantize import Quantize
 from penjing.network import Network, QuantizeTensor
+from penjing.recipe import Context
 from penjing.runtimes import RUNTIMES, Executed
 
 Quantized = Callable[..., Network]
@@ -81,6 +84,39 @@ def test_full_range_weights_are_exact_in_onnxruntime(tmp_path: Path, quantized: 
     assert kinds["depthwise"] == {TensorProto.INT8}
     session = RUNTIMES.get("onnxruntime").load(artifact.path)
     assert _products(session.executed()) == {"int8": len(LAYERS)}
+
+
+class Orders(nn.Module):
+    """Weights with their outputs on the first and on the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, stride=2)
+        self.second = nn.Linear(12, 24)
+        self.third = nn.Parameter(torch.randn(24, 16) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu().mean((2, 3))
+        return self.second(x).relu() @ self.third
+
+
+@pytest.mark.parametrize("runtime", INTEGERS)
+def test_separated_weights_keep_the_fast_kernels(runtime: str, tmp_path: Path) -> None:
+    """What Quantize makes may hold large weights, only not beside each other: it leaves as int8 and is exact."""
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 16, 16)
+    network = pj.capture(Orders(), (x[:2],))
+    plan = Quantize().plan(network, Context(original=network, data=Data(x)))
+    network = network.apply(plan.edits)
+    artifact = RUNTIMES.get(runtime).export(network, tmp_path / "net.onnx")
+    assert artifact.parity.rms_rel < 0.02
+    held = [
+        i for i in onnx.load(artifact.path).graph.initializer if i.data_type == TensorProto.INT8 and len(i.dims) > 1
+    ]
+    assert sorted(np.prod(i.dims) for i in held) == [12 * 24, 12 * 27, 24 * 16]
+    for initializer in held:
+        rows = numpy_helper.to_array(initializer).astype(int)
+        assert np.sort(np.abs(rows).ravel())[-2:].sum() > 140  # too large, if they were neighbours
 
 
 def test_narrow_grids_keep_their_range(tmp_path: Path) -> None:

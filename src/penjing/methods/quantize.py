@@ -126,8 +126,8 @@ class _Planner:
             biases = twin.biases
         edits: list[Edit] = [*folding, *norms]
         edits += [SetWeights(parameter=name, value=value) for name, value in biases.items()]
-        for name, weight in weights.items():
-            edits += _weight_edits(name, folded.tensors()[name].detach(), weight, self.settings.weights)
+        edits += _moved(folded.tensors(), weights)
+        edits += [_weight_edit(name, weight.grid, self.settings.weights) for name, weight in weights.items()]
         edits += [_activation_edit(q, activations[q.grid]) for q in placement.quantizers]
         reasons = self._reasons(folded, placement, weights, twin)
         return Plan(
@@ -288,11 +288,17 @@ def _activation_grid(limits: tuple[float, float], quant_min: int, quant_max: int
     return grids.affine_grid(torch.tensor(limits[0]), torch.tensor(limits[1]), quant_min, quant_max)
 
 
-def _weight_edits(name: str, before: Tensor, weight: _Weight, dtype: str) -> list[Edit]:
-    grid = weight.grid
-    nearest = torch.equal(grids.fake_quantize(before, grid), weight.rounded)
-    edits: list[Edit] = [] if nearest else [SetWeights(parameter=name, value=weight.rounded)]
-    quantized = QuantizeTensor(
+def _moved(tensors: Mapping[str, Tensor], weights: Mapping[str, _Weight]) -> list[Edit]:
+    """Weights that are to stand on other points of their grid than the nearest."""
+    return [
+        SetWeights(parameter=name, value=weight.rounded)
+        for name, weight in weights.items()
+        if not torch.equal(grids.fake_quantize(tensors[name].detach(), weight.grid), weight.rounded)
+    ]
+
+
+def _weight_edit(name: str, grid: Grid, dtype: str) -> QuantizeTensor:
+    return QuantizeTensor(
         tensor=name,
         scale=grid.scale,
         zero_point=grid.zero_point,
@@ -301,7 +307,6 @@ def _weight_edits(name: str, before: Tensor, weight: _Weight, dtype: str) -> lis
         quant_min=grid.quant_min,
         quant_max=grid.quant_max,
     )
-    return [*edits, quantized]
 
 
 def _activation_edit(quantizer: Quantizer, grid: Grid) -> QuantizeTensor:

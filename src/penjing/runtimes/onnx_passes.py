@@ -25,14 +25,14 @@ class Dialect:
     """The types that a runtime computes fastest in and that are right on every CPU.
 
     `unsigned_activations`: int8 grids of activations become uint8.
-    `unsigned_weights(codes, axis, depthwise) -> bool`: whether these int8 weights, with their output channels on
-    `axis`, become uint8 (zero point 128).
+    `unsigned_weights(codes, depthwise) -> bool`: whether these int8 weights (outputs, inputs, taps …) become uint8
+    (zero point 128).
     `integer_bias`: the bias of an integer Gemm becomes int32 on the grid of its products (ONNX Runtime needs that).
     `carried_grids`: what only moves values gets its inputs' grid behind it as well (ONNX Runtime needs that).
     """
 
     unsigned_activations: bool
-    unsigned_weights: Callable[[Array, int, bool], bool]
+    unsigned_weights: Callable[[Array, bool], bool]
     integer_bias: bool
     carried_grids: bool
 
@@ -308,7 +308,7 @@ def _weights(graph: Any, dialect: Dialect) -> None:
         axis = _attribute(source, "axis", 1) % codes.ndim if scale.ndim else None
         groups = _attribute(node, "group", 1)
         depthwise = node.op_type == "Conv" and 1 < groups == codes.shape[0] and codes.shape[1] == 1
-        if not dialect.unsigned_weights(codes, _output_axis(node, codes.ndim), depthwise):
+        if not dialect.unsigned_weights(_outputs_first(node, codes), depthwise):
             continue
         made = _dequantize(
             [
@@ -324,11 +324,13 @@ def _weights(graph: Any, dialect: Dialect) -> None:
         node.replace_input_with(1, made.outputs[0])
 
 
-def _output_axis(node: Any, rank: int) -> int:
-    """The axis of a product's weight that holds the output channels."""
-    if node.op_type == "Gemm":
-        return 0 if _attribute(node, "transB", 0) else 1
-    return {"Conv": 0, "ConvTranspose": 1}.get(node.op_type, rank - 1)
+def _outputs_first(node: Any, codes: Array) -> Array:
+    """A product's weight with its axes as (outputs, inputs, taps …)."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and _attribute(node, "transB", 0)):
+        return codes
+    if node.op_type == "ConvTranspose":
+        return codes.swapaxes(0, 1)
+    return codes[None] if codes.ndim < 2 else codes.swapaxes(-1, -2).reshape(-1, codes.shape[-2])
 
 
 def _bias_to_integers(graph: Any) -> None:
@@ -355,7 +357,7 @@ def _bias_to_integers(graph: Any) -> None:
             codes = np.rint(bias.astype(np.float64) / step)
         if not np.isfinite(codes).all() or np.abs(codes).max(initial=0) >= 2**31 - 1:
             continue
-        name = node.inputs[2].name
+        name = f"{node.outputs[0].name}_bias"  # a bias shared by layers has other steps in each
         made = _dequantize(
             [_keep(graph, f"{name}_codes", codes.astype(np.int32)), _keep(graph, f"{name}_scale", step)], node
         )

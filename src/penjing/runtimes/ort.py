@@ -45,8 +45,8 @@ _MOVES = frozenset(
 )
 
 
-def _unsigned(codes: Array, axis: int, depthwise: bool) -> bool:
-    return not depthwise and may_saturate(torch.from_numpy(np.array(codes)), axis)
+def _unsigned(codes: Array, depthwise: bool) -> bool:
+    return not depthwise and may_saturate(torch.from_numpy(np.array(codes)), 0)
 
 
 DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_unsigned, integer_bias=True, carried_grids=True)

@@ -31,7 +31,7 @@ _Shapes = tuple[tuple[int, ...], ...]
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 
 
-def _never(codes: Array, axis: int, depthwise: bool) -> bool:
+def _never(codes: Array, depthwise: bool) -> bool:
     return False
 
 
