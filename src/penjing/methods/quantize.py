@@ -204,7 +204,7 @@ class _Planner:
     ) -> Twin:
         """Float and quantized network side by side on a few samples, biases corrected on the way."""
         small = all(torch.Size(i.shape[1:]).numel() <= 3 * 64 * 64 for i in network.inputs)
-        count = min(self.settings.samples, 128 if small else 32)
+        count = min(self.settings.samples, 128 if small else 16)
         rows = [tuple(network.bind(i).values()) for i in self._batches(network, count)]
         together = rows[0] if not network.batch_is_dynamic else tuple(torch.cat(r) for r in zip(*rows, strict=True))
         quantizers = [(q.value, q.users, activations[q.grid]) for q in placement.quantizers]
