@@ -14,7 +14,7 @@ from torch import nn
 import penjing as pj
 from penjing import deployment
 from penjing.data import Data
-from penjing.errors import InputError, OutputError, PackageError
+from penjing.errors import InputError, OutputError, PackageError, TargetError
 from penjing.evaluation import LatencySettings
 from penjing.runtimes import RUNTIMES, Target
 
@@ -161,7 +161,7 @@ def test_a_report_of_another_network_is_refused(network: pj.Network, report: pj.
     other = network.record({"event": "changed"})
     with pytest.raises(InputError, match="another network"):
         pj.deploy(other, target="onnxruntime", out=tmp_path / "b", report=report)
-    with pytest.raises(InputError, match="no target"):
+    with pytest.raises(TargetError, match="no target"):
         pj.deploy(network, target=[], out=tmp_path / "b")
     assert everything(tmp_path) == []
 

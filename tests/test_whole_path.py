@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import penjing as pj
-from penjing.errors import DataError
+from penjing.errors import DataError, InputError
 from penjing.runtimes import RUNTIMES
 
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, num_labels=5)
@@ -94,7 +94,7 @@ def test_every_runtime_gives_the_networks_own_outputs(
     engine = RUNTIMES.get(runtime)
     path = tmp_path / f"net{engine.suffix}"
     artifact = engine.export(result.network, path, samples=inputs)
-    assert getattr(artifact.parity, artifact.parity.measure) <= artifact.parity.tolerance < 0.2
+    assert getattr(artifact.parity, artifact.parity.measure) <= artifact.parity.tolerance < 0.3
     assert path.stat().st_size == artifact.bytes
     session = engine.load(path, pj.Target(runtime=runtime, threads=1))
     one = {n: t[:1].numpy() for n, t in result.network.bind(inputs).items()}
@@ -122,3 +122,40 @@ def test_data_of_the_wrong_shape_stops_before_any_work() -> None:
         pj.compress(network, pj.Recipe(pj.Quantize()), data=[(torch.rand(2, 5), torch.zeros(2))])
     with pytest.raises(DataError, match=r"Quantize needs samples"):
         pj.compress(network, pj.Recipe(pj.Quantize()))
+
+
+def test_a_layer_used_twice(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(self.layer(x).relu()).relu())
+
+    x = torch.rand(32, 16)
+    network = pj.capture(Twice(), (x[:2],))
+    quantized = pj.compress(network, pj.Recipe(pj.Quantize()), data=[x]).network
+    artifact = RUNTIMES.get("onnxruntime").export(quantized, tmp_path / "net.onnx", samples=x)
+    assert artifact.parity.rms_rel <= artifact.parity.tolerance
+
+
+def test_other_precisions_are_refused_before_any_work() -> None:
+    network = pj.capture(nn.Linear(4, 2).bfloat16(), (torch.rand(2, 4).bfloat16(),))
+    with pytest.raises(InputError, match="holds weight in bfloat16; Steps work on float32"):
+        pj.compress(network, pj.Recipe(pj.Quantize()), data=[torch.rand(2, 4)])
+
+
+def test_a_fixed_batch_is_compressed_by_batches_of_its_size() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).reshape(4, 2, 4).sum(1)
+
+    x = torch.rand(16, 8)
+    network = pj.capture(Fixed(), (x[:4],))
+    result = pj.compress(network, pj.Recipe(pj.Quantize()), data=[x[i : i + 4] for i in range(0, 16, 4)])
+    assert result.network.is_quantized

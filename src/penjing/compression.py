@@ -67,8 +67,9 @@ def compress(
     for number, step in enumerate(recipe, 1):
         with _naming(number, step):
             step.check(context)
+    _refuse_other_precisions(network)
     if samples is not None:
-        network.bind(samples.first(1))
+        network.bind(samples.first(1 if network.batch_is_dynamic else network.inputs[0].shape[0]))
     current = network.replace(task=known.name) if known else network
     plans: list[Plan] = []
     rows: list[dict[str, Any]] = []
@@ -88,6 +89,16 @@ def compress(
         )
         before = after
     return Result(network=current, original=network, recipe=recipe, plans=tuple(plans), steps=tuple(rows), seed=seed)
+
+
+def _refuse_other_precisions(network: Network) -> None:
+    for name in network.parameter_names:
+        held = network.tensors()[name]
+        if held.is_floating_point() and held.dtype != torch.float32:
+            raise InputError(
+                f"{network.name} holds {name} in {str(held.dtype).removeprefix('torch.')}; Steps work on float32",
+                hint="capture(model.float(), ...): integers are made from float32, and so is what trains",
+            )
 
 
 @contextlib.contextmanager

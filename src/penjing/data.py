@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from penjing.errors import DataError, InputError, MissingExtraError
-from penjing.network.source import load_callable
+from penjing.errors import DataError, InputError, MissingExtraError, PenjingError
+from penjing.network.source import line_of, load_callable
 
 try:
     from PIL import Image
@@ -29,8 +29,8 @@ class Data:
     """Samples as batches `(inputs, labels)`.
 
     `source` is a Dataset, a DataLoader, an iterable of batches (or of Data's kind itself), or a tuple of arrays (x,
-    y). Inputs are a tensor, a tuple or a dictionary of tensors; labels may be missing (None). uint8 becomes float32
-    in 0..1. Iterables that can be walked only once are kept in memory as they are walked.
+    y). Inputs are a tensor, a tuple or a dictionary of tensors; labels may be missing (None). uint8 inputs become
+    float32 in 0..1, float64 ones float32. Iterables that can be walked only once are kept in memory as they are walked.
     """
 
     def __init__(self, source: Any) -> None:
@@ -71,7 +71,7 @@ class Data:
         DataError when there are none, or when a floating-point input is NaN.
         """
         seen = 0
-        for batch in self._raw(batch_size, shuffle, seed):
+        for batch in _reading(self._raw(batch_size, shuffle, seed)):
             inputs, labels = _split(batch)
             size = _batch_size(inputs)
             if limit is not None and seen + size > limit:
@@ -106,6 +106,20 @@ class Data:
             yield from source
         else:
             yield from source
+
+
+def _reading(batches: Iterator[Any]) -> Iterator[Any]:
+    """What goes wrong in the user's own dataset is told as such."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except PenjingError:
+            raise
+        except Exception as error:
+            raise DataError(f"reading the data raised {type(error).__name__}: {error}", hint=line_of(error)) from error
+        yield batch
 
 
 class _Replayed(Iterable[Any]):
@@ -148,12 +162,12 @@ def _split(batch: Any) -> tuple[Any, Any]:
     """(inputs, labels) of a batch; a batch without labels has None."""
     if isinstance(batch, Mapping):
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "label")}
-        return _to_tensors(inputs), _to_tensors(batch.get("labels", batch.get("label")))
+        return _to_tensors(inputs), _to_labels(batch.get("labels", batch.get("label")))
     if isinstance(batch, tuple | list):
         if len(batch) == 1:
             return _to_tensors(batch[0]), None
         if len(batch) == 2:
-            return _to_tensors(batch[0]), _to_tensors(batch[1])
+            return _to_tensors(batch[0]), _to_labels(batch[1])
         raise DataError(
             f"a batch must be (inputs, labels), got {len(batch)} parts",
             hint="several inputs go in a tuple: ((a, b), labels)",
@@ -161,15 +175,24 @@ def _split(batch: Any) -> tuple[Any, Any]:
     return _to_tensors(batch), None
 
 
-def _to_tensors(value: Any) -> Any:
+def _to_labels(value: Any) -> Any:
+    return _to_tensors(value, {torch.uint8: torch.int64})
+
+
+def _to_tensors(value: Any, types: Mapping[torch.dtype, torch.dtype] | None = None) -> Any:
+    """Arrays as tensors. Of inputs, bytes become 0..1 and numpy's double precision single; `types` says otherwise."""
     if isinstance(value, Mapping):
-        return {k: _to_tensors(v) for k, v in value.items()}
+        return {k: _to_tensors(v, types) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(_to_tensors(v) for v in value)
+        return tuple(_to_tensors(v, types) for v in value)
     if isinstance(value, np.ndarray | np.generic):
         value = torch.as_tensor(value)
+    if isinstance(value, Tensor) and types is not None:
+        return value.to(types.get(value.dtype, value.dtype))
     if isinstance(value, Tensor) and value.dtype == torch.uint8:
         return value.float() / 255
+    if isinstance(value, Tensor) and value.dtype == torch.float64:
+        return value.float()
     if value is None or isinstance(value, Tensor):
         return value
     raise DataError(f"a batch must hold tensors or arrays, got {type(value).__name__}")

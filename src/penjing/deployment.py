@@ -121,10 +121,8 @@ def deploy(
         InputError: the report is of another network.
         ExportError, ParityError, TargetError, MissingExtraError: from the runtimes. Nothing is left behind.
     """
-    listed = [target] if isinstance(target, str | Target) else list(target)
-    if not listed:
-        raise InputError("there is no target to deploy for", hint="for example target='onnxruntime'")
-    runtimes = list(dict.fromkeys(Target.parse(each).runtime for each in listed))
+    listed = Target.several(target)
+    runtimes = list(dict.fromkeys(each.runtime for each in listed))
     described = describe(network)
     if report is not None and report.network.get("digest") != described["digest"]:
         raise InputError(
@@ -142,7 +140,7 @@ def deploy(
             "kind": KIND,
             "version": VERSION,
             "network": described,
-            "targets": [str(Target.parse(each)) for each in listed],
+            "targets": [str(each) for each in listed],
             "artifacts": artifacts,
             "recipe": None if recipe is None else recipe.to_dict(),
             "seeds": _seeds(network, report),

@@ -90,6 +90,10 @@ class Step(ABC):
                 if open_low
                 else f"at least {low:g}"
             )
+            if good and open_high and value == high:
+                limits = f"below {high:g}"
+            if not good:
+                limits = f"a number {limits}"
             raise RecipeError(f"{self.name}.{field} must be {limits}, got {value!r}", hint=_hint(value, low, high))
 
     def require_one_of(self, field: str, known: Sequence[Any]) -> None:
@@ -124,7 +128,11 @@ def matches(where: str | Sequence[str], name: str) -> bool:
     """Whether a parameter or layer path is selected: `a.b.weight` is by `a.b.weight`, `a.b`, `a.*`, `*`; `!a.*`
     excludes.
     """
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = [where] if isinstance(where, str) else where
+    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+        raise RecipeError(
+            f"where must be a pattern or a list of patterns, got {where!r}", hint="for example where='layer1.*'"
+        )
     parts = name.split(".")
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
 
@@ -235,6 +243,10 @@ class Recipe:
 
     def __init__(self, *steps: Step) -> None:
         for s in steps:
+            if isinstance(s, type) and issubclass(s, Step):
+                raise RecipeError(
+                    f"a Recipe is made of Steps, got the class {s.__name__}", hint=f"write {s.__name__}()"
+                )
             if not isinstance(s, Step):
                 raise RecipeError(
                     f"a Recipe is made of Steps, got {type(s).__name__}", hint=did_you_mean(str(s), STEPS.names())

@@ -36,7 +36,9 @@ TASKS: Registry[Task] = Registry("task")
 
 def get_task(task: str | Task | None) -> Task | None:
     """A built-in task by name, or the user's own as it is; None stays None."""
-    return TASKS.get(task) if isinstance(task, str) else task
+    if task is None or isinstance(task, Task):
+        return task
+    return TASKS.get(task)
 
 
 def primary(outputs: Any) -> Tensor:

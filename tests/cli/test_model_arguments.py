@@ -70,7 +70,7 @@ def test_what_the_person_prints_does_not_spoil_the_object(penjing):
         (("samples.npz",), "no network that penjing can read", "file.py:callable"),
         (("net.onnx",), "ONNX files cannot be read yet", "file.py:callable"),
         (("net.keras",), "Keras files cannot be read yet", "file.py:callable"),
-        (("broken.py:build", *SHAPE), "broken.py", "line 1 of broken.py"),
+        (("broken.py:build", *SHAPE), "broken.py", "broken.py, line 1"),
         (("weights.pth",), "is a pickle", "file.py:function"),
         (("transformer",), "transformers folder", "from_pretrained"),
         (("folder",), "not a bundle", "penjing"),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import difflib
 import math
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +102,6 @@ def _from_code(text: str, data: Data | None, shapes: list[str]) -> Network:
                 hint="add --input-shape 1x3x32x32 (once for each input), or --data",
             ) from error
         raise
-    except InputError as error:
-        if error.__cause__ is not None and error.hint is None:
-            error.hint = _where(error.__cause__)
-        raise
 
 
 # ---------------------------------------------------------------------------------------------------- inputs
@@ -151,16 +146,6 @@ def _all_finite(tensor: torch.Tensor) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------- words
-def _where(error: BaseException) -> str | None:
-    """ "line 12 of net.py: x = y": the innermost line of the person's own code, for a hint."""
-    if isinstance(error, SyntaxError):
-        return f"line {error.lineno} of {Path(error.filename or '?').name}: {(error.text or '').strip()}"
-    foreign = ("/site-packages/", "/lib/python", "/penjing/")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in foreign)]
-    frames = [f for f in frames if not f.filename.startswith("<")]
-    return f"line {frames[-1].lineno} of {Path(frames[-1].filename).name}: {frames[-1].line}" if frames else None
-
-
 def _nearest(path: Path) -> str | None:
     """A hint naming the most similar file beside `path`."""
     if not path.parent.is_dir():

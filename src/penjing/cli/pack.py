@@ -36,8 +36,10 @@ def pack(
         pj.pack(network, path)
     size = path.stat().st_size
     raw = sum(t.numel() * t.element_size() for t in network.tensors().values())
-    screen.line(
-        f"{path}: {words.size(size)} ({raw / size:.2f}× smaller than the tensors themselves, {words.size(raw)})"
-    )
+    screen.line(f"{path}: {words.size(size)} ({_beside(size, raw)} than the tensors themselves, {words.size(raw)})")
     screen.emit({"schema": 1, "path": str(path), "bytes": size, "tensor_bytes": raw})
     return 0
+
+
+def _beside(size: int, raw: int) -> str:
+    return f"{raw / size:.2f}× smaller" if raw >= size else f"{size / max(raw, 1):.2f}× larger"

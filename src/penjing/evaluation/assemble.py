@@ -14,7 +14,7 @@ from typing import Any
 
 from penjing import package
 from penjing.data import Data
-from penjing.errors import DataError, InputError, TargetError
+from penjing.errors import DataError, InputError
 from penjing.evaluation.bench import Bench
 from penjing.evaluation.constraints import Constraint, parse_constraints, verdict
 from penjing.evaluation.describe import describe, digest
@@ -131,10 +131,7 @@ def _network(given: Network | str | Path) -> Network:
 
 
 def _targets(given: Targets) -> tuple[Target, ...]:
-    listed = [given] if isinstance(given, str | Target) else list(given)
-    if not listed:
-        raise TargetError("there is no target to evaluate on", hint="for example target='onnxruntime'")
-    found = tuple(Target.parse(each) for each in listed)
+    found = Target.several(given)
     for each in found:
         RUNTIMES.get(each.runtime).need()
     return found

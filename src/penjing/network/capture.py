@@ -6,8 +6,6 @@ import contextlib
 import copy
 import io
 import logging
-import sysconfig
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,10 +20,8 @@ from penjing.errors import CaptureError
 from penjing.network import graph as flat
 from penjing.network.flatten import flatten
 from penjing.network.network import InputSpec, Network
-from penjing.network.source import load_callable
+from penjing.network.source import line_of, load_callable
 from penjing.network.structure import leaves
-
-_LIBRARIES = tuple(str(Path(sysconfig.get_paths()[k])) for k in ("stdlib", "purelib", "platlib"))
 
 
 def capture(
@@ -356,18 +352,8 @@ def _last_line(error: BaseException) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """` (file.py, line 7: if x.sum() > 0:)`: the innermost line of the user's own code that led to the error."""
-    users = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(_LIBRARIES)
-        and "penjing" not in Path(f.filename).parts
-        and not f.filename.startswith("<")
-    ]
-    if not users:
-        return ""
-    frame = users[-1]
-    return f" ({Path(frame.filename).name}, line {frame.lineno}: {(frame.line or '').strip()})"
+    line = line_of(error)
+    return f" ({line})" if line else ""
 
 
 def _remedy(message: str) -> str:

@@ -55,10 +55,10 @@ class SetWeights:
 class QuantizeTensor:
     """Puts a tensor on an integer grid: real = (integer - zero_point) · scale.
 
-    `tensor` is a parameter, which is stored as integers afterwards (its scale as `<name>_scale`, its zero point as
-    `<name>_zero_point`), or the name of a graph node or input, behind which a quantize and a dequantize node are
-    put, for all of its users or for those named in `users` only. `axis` is the dimension with a scale of its own
-    each (None: one scale).
+    `tensor` is a parameter, which is stored as integers afterwards (with an `axis`, its scales as `<name>_scale`
+    and its zero points as `<name>_zero_point`), or the name of a graph node or input, behind which a quantize and a
+    dequantize node are put, for all of its users or for those named in `users` only. `axis` is the dimension with a
+    scale of its own each (None: one scale).
     """
 
     tensor: str
@@ -212,24 +212,25 @@ def _quantize_parameter(
     scale = torch.as_tensor(edit.scale, dtype=torch.float32)
     zero = torch.as_tensor(edit.zero_point, dtype=torch.int64)
     limits = (edit.quant_min, edit.quant_max)
-    name_scale, name_zero = f"{edit.tensor}_scale", f"{edit.tensor}_zero_point"
     value = old.detach().float()
+    first = reads[0]
     if edit.axis is None:
-        scale, zero = scale.reshape(()), zero.reshape(())
-        integers = decomposed.quantize_per_tensor.default(value, float(scale), int(zero), *limits, dtype)
-        call, extra = decomposed.dequantize_per_tensor.tensor, tuple[int, ...]()
+        grid = (float(scale), int(zero), *limits, dtype)
+        held[edit.tensor] = decomposed.quantize_per_tensor.default(value, *grid)
+        with graph.inserting_after(first):
+            real = graph.call_function(decomposed.dequantize_per_tensor.default, (first, *grid))
     else:
         zero = zero.expand(scale.shape).contiguous()
-        integers = decomposed.quantize_per_channel.default(value, scale, zero, edit.axis, *limits, dtype)
-        call, extra = decomposed.dequantize_per_channel.default, (edit.axis,)
-    held |= {edit.tensor: integers, name_scale: scale, name_zero: zero}
-    first = reads[0]
-    with graph.inserting_after(first):
-        scale_node = graph.create_node("get_attr", name_scale)
-    with graph.inserting_after(scale_node):
-        zero_node = graph.create_node("get_attr", name_zero)
-    with graph.inserting_after(zero_node):
-        real = graph.call_function(call, (first, scale_node, zero_node, *extra, *limits, dtype))
+        held[edit.tensor] = decomposed.quantize_per_channel.default(value, scale, zero, edit.axis, *limits, dtype)
+        name_scale, name_zero = f"{edit.tensor}_scale", f"{edit.tensor}_zero_point"
+        held |= {name_scale: scale, name_zero: zero}
+        with graph.inserting_after(first):
+            scale_node = graph.create_node("get_attr", name_scale)
+        with graph.inserting_after(scale_node):
+            zero_node = graph.create_node("get_attr", name_zero)
+        with graph.inserting_after(zero_node):
+            arguments = (first, scale_node, zero_node, edit.axis, *limits, dtype)
+            real = graph.call_function(decomposed.dequantize_per_channel.default, arguments)
     for read in reads:
         read.replace_all_uses_with(real, delete_user_cb=lambda user: user is not real)
 

@@ -101,8 +101,12 @@ class Network:
 
     def is_weight(self, name: str) -> bool:
         """Whether a tensor is a parameter or was one before it was quantized."""
-        held = self._tensors[name]
-        return isinstance(held, torch.nn.Parameter) or (f"{name}_scale" in self._tensors)
+        return isinstance(self._tensors[name], torch.nn.Parameter) or name in self._integer_weights
+
+    @functools.cached_property
+    def _integer_weights(self) -> frozenset[str]:
+        read = (n.args[0] for n in self.graph_module.graph.nodes if n.target in flat.DEQUANTIZE)
+        return frozenset(str(n.target) for n in read if isinstance(n, fx.Node) and n.op == "get_attr")
 
     def groups(self, *, heads: Literal["heads", "dims"] = "heads") -> Groups:
         """The channel groups: what must be removed together (docs/tour.md)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,28 @@ from typing import Any
 
 from penjing.errors import InputError
 from penjing.registry import did_you_mean
+
+_FOREIGN = tuple(
+    str(path)
+    for path in (
+        Path(__file__).resolve().parents[1],
+        *(Path(sysconfig.get_paths()[kind]).resolve() for kind in ("stdlib", "purelib", "platlib")),
+    )
+)
+
+
+def line_of(error: BaseException) -> str | None:
+    """`net.py, line 12: x = y`: the innermost line of the user's own code that led to `error`."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{Path(error.filename).name}, line {error.lineno}: {(error.text or '').strip()}"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<") and not str(Path(frame.filename).resolve()).startswith(_FOREIGN)
+    ]
+    if not frames:
+        return None
+    return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: {(frames[-1].line or '').strip()}"
 
 
 def load_callable(text: str) -> Callable[[], Any]:
@@ -31,7 +55,7 @@ def load_callable(text: str) -> Callable[[], Any]:
         try:
             return found()
         except Exception as error:
-            raise InputError(f"calling {text} raised {type(error).__name__}: {error}") from error
+            raise InputError(f"calling {text} raised {type(error).__name__}: {error}", hint=line_of(error)) from error
 
     return call
 
@@ -53,7 +77,7 @@ def _load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise InputError(f"running {path} raised {type(error).__name__}: {error}") from error
+        raise InputError(f"running {path} raised {type(error).__name__}: {error}", hint=line_of(error)) from error
     finally:
         sys.path.remove(str(resolved.parent))
     return module
@@ -67,4 +91,4 @@ def _load_module(name: str) -> ModuleType:
             f"there is no module called '{error.name}'", hint="is it installed in this environment?"
         ) from None
     except Exception as error:
-        raise InputError(f"importing {name} raised {type(error).__name__}: {error}") from error
+        raise InputError(f"importing {name} raised {type(error).__name__}: {error}", hint=line_of(error)) from error

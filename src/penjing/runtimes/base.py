@@ -65,6 +65,14 @@ class Target:
             raise TargetError(f"Target.device must be cpu, got {self.device!r}")
 
     @classmethod
+    def several(cls, given: Any) -> tuple[Target, ...]:
+        """One target or several, as texts or Targets; raises TargetError for none at all or anything else."""
+        listed = list(given) if isinstance(given, list | tuple) else [given]
+        if not listed:
+            raise TargetError("there is no target", hint="for example target='onnxruntime'")
+        return tuple(cls.parse(each) for each in listed)
+
+    @classmethod
     def parse(cls, text: str | Target) -> Target:
         """Reads `runtime` or `runtime:key=value,key=value`; raises TargetError for anything else."""
         if isinstance(text, Target):
@@ -229,6 +237,7 @@ class Runtime(ABC):
         Raises ExportError, ParityError, MissingExtraError, OutputError.
         """
         self.need()
+        _refuse_other_precisions(network)
         final = Path(path)
         if final.suffix != self.suffix:
             raise InputError(f"a file for {self.name} ends in {self.suffix}, got {final.name!r}")
@@ -325,6 +334,15 @@ def _check(port: Port, value: Any) -> None:
         wanted = "×".join("N" if w is None else str(w) for w in port.shape)
         got = "×".join(map(str, value.shape)) or "a single number"
         raise InputError(f"input '{port.name}' must have the shape {wanted}, got {got}")
+
+
+def _refuse_other_precisions(network: Network) -> None:
+    held = {n: t.dtype for n, t in network.tensors().items() if t.is_floating_point() and t.dtype != torch.float32}
+    for name, dtype in held.items():
+        raise ExportError(
+            f"{network.name} holds {name} in {str(dtype).removeprefix('torch.')}; files are made from float32",
+            hint="capture(model.float(), ...); a runtime's own half precision is an option of the target",
+        )
 
 
 class _aside:
