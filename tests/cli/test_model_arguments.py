@@ -52,7 +52,7 @@ def test_what_the_person_prints_does_not_spoil_the_object(penjing):
         (
             ("net.py:raises", *SHAPE),
             "ValueError: the weights are on another disk",
-            "of net.py: raise ValueError",
+            ": raise ValueError",
         ),
         (("net.py:leaves", *SHAPE), "sys.exit(3)", ""),
         (("net.py:number", *SHAPE), "returned an int, not an nn.Module", "returns the module"),
