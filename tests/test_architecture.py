@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "penjing"
 ORDER = [
-    "_version", "errors", "registry", "progress", "tensors", "network", "analysis", "task", "data", "recipe",
+    "_version", "errors", "registry", "progress", "files", "tensors", "network", "analysis", "task", "data", "recipe",
     "training", "methods", "compression", "package", "runtimes", "evaluation", "report", "search", "deployment",
     "serving", "cli", "testing",
 ]  # fmt: skip

@@ -160,15 +160,8 @@ def pack(network: Network, path: str | Path) -> int:
     Raises:
         OutputError: it cannot be written there.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", hint=f"name a file, such as {path / PACKAGE}")
     topology, arrays = network.state()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return int(package.write(path, topology, arrays, metadata={"name": network.name}))
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    return package.write(path, topology, arrays, metadata={"name": network.name})
 
 
 def unpack(path: str | Path) -> Network:

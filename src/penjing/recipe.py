@@ -19,7 +19,8 @@ import yaml
 from torch import Tensor
 
 from penjing.data import Data
-from penjing.errors import InputError, OutputError, RecipeError
+from penjing.errors import InputError, RecipeError
+from penjing.files import appearing
 from penjing.network import storage
 from penjing.network.edits import EDITS, Call, Edit
 from penjing.network.network import Network
@@ -315,10 +316,8 @@ class Recipe:
             if file.suffix == ".json"
             else yaml.safe_dump(self.to_dict(), sort_keys=False)
         )
-        try:
-            file.write_text(text, encoding="utf8")
-        except OSError as error:
-            raise OutputError(f"cannot write the recipe {file}: {error.strerror}") from error
+        with appearing(file) as aside:
+            aside.write_text(text, encoding="utf8")
         return file
 
 

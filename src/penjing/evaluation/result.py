@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penjing.errors import OutputError
 from penjing.evaluation import words
 from penjing.evaluation.measurement import Measurement
+from penjing.files import appearing
 
 SCHEMA = 1
 
@@ -151,13 +150,8 @@ class Report:
             OutputError: it cannot be written there.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with appearing(path) as aside:
             aside.write_text(self.to_json(), encoding="utf-8")
-            os.replace(aside, path)
-        except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise OutputError(f"cannot write the report to {path}: {error.strerror or error}") from error
         return path
 
 

@@ -4,8 +4,6 @@ pickle.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,25 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from penjing.errors import InputError, OutputError
+from penjing.files import appearing
 
 
 def write(path: Path, text: str, arrays: Mapping[str, np.ndarray[Any, Any]], *, key: str) -> None:
     """Writes `arrays` with `text` under `key` in the header; the file appears whole or not at all (OutputError)."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        save_file({n: np.ascontiguousarray(a).reshape(a.shape) for n, a in arrays.items()}, aside, metadata={key: text})
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}", hint="is the disk full?") from error
-    finally:
-        if os.path.exists(aside):
-            os.unlink(aside)
+    held = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in arrays.items()}
+    with appearing(path) as aside:
+        try:
+            save_file(held, aside, metadata={key: text})
+        except SafetensorError as error:  # how the library tells of a full disk
+            raise OutputError(f"cannot write {path}: {error}", hint="is there room, and permission?") from error
 
 
 def read(path: Path, *, key: str) -> tuple[str, dict[str, np.ndarray[Any, Any]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penjing.errors import InputError, OutputError, PackageError
+from penjing.errors import InputError, PackageError
+from penjing.files import appearing
 from penjing.package import codecs, grids, layout, zstd
 from penjing.package.layout import HEADER_SIZE, Header, Index, Part
 from penjing.package.pieces import CODES, Tensor, divide, spec
@@ -111,22 +111,8 @@ def write(
 ) -> int:
     """Writes a package and returns its bytes; the file appears whole or not at all. Raises OutputError, InputError."""
     data = encode(topology, arrays, metadata=metadata, progress=progress)
-    path = Path(path)
-    try:
-        aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-        try:
-            with aside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{path} could not be written: {getattr(error, 'strerror', None) or error}",
-            hint=f"{len(data)} bytes are needed in a folder that can be written to",
-        ) from error
+    with appearing(path) as aside:
+        aside.write_bytes(data)
     return len(data)
 
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from penjing.errors import ExportError, InputError, MissingExtraError, OutputError, TargetError
+from penjing.errors import ExportError, InputError, MissingExtraError, TargetError
+from penjing.files import appearing
 from penjing.progress import SILENT, Progress
 from penjing.registry import Registry, did_you_mean
 from penjing.runtimes.cpu import available_cores
@@ -241,14 +239,13 @@ class Runtime(ABC):
         final = Path(path)
         if final.suffix != self.suffix:
             raise InputError(f"a file for {self.name} ends in {self.suffix}, got {final.name!r}")
-        with _aside(final) as aside, progress.task(f"exporting for {self.name}", 2) as advance:
+        with appearing(final) as aside, progress.task(f"exporting for {self.name}", 2) as advance:
             self._write(network, aside)
             advance(1)
             parity = verify(self, network, aside, samples=samples)
             advance(1)
             digest = hashlib.sha256(aside.read_bytes()).hexdigest()
             size = aside.stat().st_size
-            os.replace(aside, final)
         return Artifact(path=final, runtime=self.name, bytes=size, sha256=digest, parity=parity)
 
     def verify(self, network: Network, path: str | Path, *, samples: Any = None) -> Parity:
@@ -343,25 +340,3 @@ def _refuse_other_precisions(network: Network) -> None:
             f"{network.name} holds {name} in {str(dtype).removeprefix('torch.')}; files are made from float32",
             hint="capture(model.float(), ...); a runtime's own half precision is an option of the target",
         )
-
-
-class _aside:
-    """A path beside `final` to write to, removed again if it is still there at the end."""
-
-    def __init__(self, final: Path) -> None:
-        self.final = final
-
-    def __enter__(self) -> Path:
-        try:
-            self.final.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".", suffix=self.final.suffix, dir=self.final.parent)
-        except OSError as error:
-            raise OutputError(f"cannot write to {str(self.final.parent)!r}: {error.strerror}") from error
-        os.close(handle)
-        os.chmod(name, 0o644)
-        self.path = Path(name)
-        return self.path
-
-    def __exit__(self, *exception: object) -> None:
-        with suppress(OSError):
-            self.path.unlink()
