@@ -98,7 +98,7 @@ def test_a_generator_can_be_walked_again() -> None:
 
 def test_from_a_command_line(tmp_path: Path) -> None:
     assert len(load_data("digits")) == 1797
-    assert len(load_data("digits", split="train")) + len(load_data("digits", split="test")) == 1797
+    assert len(load_data("digits:train")) + len(load_data("digits:test")) == 1797
     np.savez(tmp_path / "some.npz", x=np.zeros((4, 2), np.uint8), y=np.arange(4))
     assert len(load_data(str(tmp_path / "some.npz"))) == 4
     image = pytest.importorskip("PIL.Image")

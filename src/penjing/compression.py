@@ -12,14 +12,14 @@ import torch
 
 from penjing.analysis.footprint import footprint
 from penjing.data import Data
-from penjing.errors import InputError, PenjingError
+from penjing.errors import InputError, PenjingError, RecipeError
 from penjing.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.recipe import Context, Plan, Recipe, Step
 from penjing.task import Task, get_task
 
 #: Samples that the metric before and after each step is taken on; the final figures of a report come from all of them.
-STEP_SAMPLES = 2000
+STEP_SAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +60,8 @@ def compress(
         raise InputError(
             f"compress takes a Recipe, got {type(recipe).__name__}", hint="pj.Recipe(pj.PruneChannels(ratio=0.5))"
         )
+    if not len(recipe):
+        raise RecipeError("the recipe has no steps", hint="to measure a network as it is, evaluate it")
     known = get_task(task)
     samples = None if data is None else Data(data)
     held_out = None if test is None else Data(test)

@@ -235,13 +235,13 @@ def _length(source: Any) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------- from a command line
-def load_data(text: str, *, split: str | None = None) -> Data:
+def load_data(text: str) -> Data:
     """`file.py:callable` or `module:callable` (a Dataset or DataLoader), `samples.npz` (arrays x and y), a folder
-    of class folders of images, or `digits` (scikit-learn's 1797 handwritten digits, 1×8×8; `split` "train" or
-    "test" takes 4/5 or 1/5 of it).
+    of class folders of images, or `digits` (scikit-learn's 1797 handwritten digits, 1×8×8; `digits:train` is
+    4/5 of them, `digits:test` the rest).
     """
-    if text == "digits":
-        return Data(digits(split))
+    if text in ("digits", "digits:train", "digits:test"):
+        return Data(digits(text.partition(":")[2] or None))
     path = Path(text)
     if path.suffix == ".npz":
         return Data(_npz(path))

@@ -288,3 +288,28 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pt2").write_bytes(b"PK\3\4 not a program")
     with pytest.raises(CaptureError, match="not a readable .pt2 file"):
         capture(tmp_path / "net.pt2")
+
+
+def test_any_number_of_inputs_and_names_at_once() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, *parts: Tensor, **named: Tensor) -> Tensor:
+            return self.layer(sum(parts)) + sum(named.values())
+
+    a, b = torch.rand(2, 4), torch.rand(2, 4)
+    network = capture(Sum(), (a, b))
+    assert network.batch_is_dynamic
+    torch.testing.assert_close(network.run((a[:1], b[:1]))[0], network.run((a, b))[0][:1])
+
+
+def test_the_same_tensor_given_twice() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x * 2 + y
+
+    x = torch.rand(2, 3)
+    network = capture(Two(), (x, x))
+    torch.testing.assert_close(network.run((x, torch.zeros(2, 3)))[0], x * 2)

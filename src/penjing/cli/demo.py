@@ -119,6 +119,6 @@ def _next(screen: Screen, folder: Path, seconds: float) -> None:
     screen.say("[bold]What to try next[/]")
     screen.line(f"  penjing inspect {folder}/digits.penjing")
     screen.line(
-        f"  penjing evaluate {folder}/bundle --baseline {folder}/original.penjing --data digits --task classification"
+        f"  penjing evaluate {folder}/bundle --baseline {folder}/original.penjing --data digits:test --task classification"
     )
     screen.line("  penjing compress yours.py:build --data yours.py:train --test yours.py:test --task classification")

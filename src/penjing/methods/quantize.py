@@ -67,6 +67,9 @@ class Quantize(Step):
         self.require_one_of("ranges", grids.RANGES)
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
             raise RecipeError(f"Quantize.samples must be a whole number of at least 1, got {self.samples!r}")
+        for field in ("symmetric", "headroom", "correct_bias"):
+            if not isinstance(getattr(self, field), bool):
+                raise RecipeError(f"Quantize.{field} must be true or false, got {getattr(self, field)!r}")
 
     def _allow(self, field: str, known: tuple[str | None, ...]) -> None:
         value = getattr(self, field)

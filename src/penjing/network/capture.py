@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from penjing.errors import CaptureError
@@ -74,7 +74,8 @@ def _from_module(
 ) -> Network:
     held = [*model.parameters(), *model.buffers()]
     device = held[0].device if held else torch.device("cpu")
-    args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
+    # Clones, since one tensor given twice would be taken for one input.
+    args, kwargs = pytree.tree_map(lambda x: x.detach().to(device, copy=True), (args, kwargs))
     with _kept_modes(model):
         model.eval()
         try:
@@ -92,9 +93,8 @@ def _from_module(
                 model.train(training)
                 try:
                     with _quiet():
-                        program = torch.export.export(
-                            model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs, batch_dynamic)
-                        )
+                        shapes = _dynamic(model, args, kwargs) if batch_dynamic else None
+                        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
                     network = _from_program(program, name=name)
                     _check_outputs(network, args, kwargs, expected)
                     if network.batch_is_dynamic:
@@ -189,15 +189,15 @@ def _one_more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     return grown[0], grown[1]
 
 
-def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any], batch: bool) -> Any:
+def _dynamic(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Which dimensions may vary: the first, of every input that has as many entries there as the first input."""
     tensors = pytree.tree_leaves((args, kwargs))
     size = next((x.shape[0] for x in tensors if x.ndim), None)
-    shapes = pytree.tree_map(lambda x: {0: Dim.AUTO} if batch and x.ndim and x.shape[0] == size else {}, (args, kwargs))
-    return (*shapes[0], *shapes[1].values()) if not kwargs else ({**_named(args, shapes[0]), **shapes[1]})
-
-
-def _named(args: tuple[Any, ...], shapes: Any) -> dict[str, Any]:
-    return {f"arg{i}": s for i, s in enumerate(shapes)} if args else {}
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    for x in tensors:
+        if x.ndim and x.shape[0] == size:
+            shapes[x] = {0: Dim.AUTO}
+    return shapes.dynamic_shapes(model, args, kwargs)
 
 
 def _shape_of(node: fx.Node) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -259,6 +260,11 @@ class Runtime(ABC):
         if chosen.runtime != self.name:
             raise TargetError(f"the target '{chosen}' is not one of the runtime '{self.name}'")
         self.need()
+        if chosen.thread_count > (os.cpu_count() or 1):
+            raise TargetError(
+                f"{chosen.thread_count} threads are more than this machine can run at once",
+                hint=f"threads={os.cpu_count() or 1} or fewer",
+            )
         if chosen.precision is not None and chosen.precision not in self.float_precisions():
             raise TargetError(
                 f"{self.name} cannot compute in {chosen.precision} on this machine",
