@@ -118,7 +118,6 @@ def _next(screen: Screen, folder: Path, seconds: float) -> None:
         screen.line(f"  {f'{folder}/{name}':<{len(str(folder)) + 22}}{what}")
     screen.say("[bold]What to try next[/]")
     screen.line(f"  penjing inspect {folder}/digits.penjing")
-    screen.line(
-        f"  penjing evaluate {folder}/bundle --baseline {folder}/original.penjing --data digits:test --task classification"
-    )
+    samples = "--data digits:test --task classification"
+    screen.line(f"  penjing evaluate {folder}/bundle --baseline {folder}/original.penjing {samples}")
     screen.line("  penjing compress yours.py:build --data yours.py:train --test yours.py:test --task classification")

@@ -71,7 +71,8 @@ class ArtifactFolder:
 class Report:
     """Baseline beside result on one or several targets; the first target is the main one.
 
-    ``str(report)`` is its headline; :meth:`to_dict` is report.json. ``penjing.report`` renders it as HTML and Markdown.
+    ``str(report)`` is its headline with what a reader must not overlook; :meth:`to_dict` is report.json.
+    ``penjing.report`` renders it as HTML and Markdown.
     """
 
     network: dict[str, Any]
@@ -113,7 +114,8 @@ class Report:
         return words.headline(self.targets[0].to_dict())
 
     def __str__(self) -> str:
-        return self.headline
+        found = dict.fromkeys(text for target in self.targets for text in words.warnings(target.to_dict()))
+        return "\n".join([self.headline, *found])
 
     def to_dict(self) -> dict[str, Any]:
         """report.json; numbers that do not exist are null."""

@@ -144,9 +144,10 @@ def warnings(target: Values) -> list[str]:
             f"network at its best ({setting(best)}). Do not deploy it there for speed."
         )
     elif latency and latency["verdict"] != "faster":
+        saved = ": there it only saves space" if (change.get("wire") or 1) < 1 - SAME else ""
         found.append(
-            f"On {result['runtime']} the result is not measurably faster than the uncompressed network at its best: "
-            "there it only saves space."
+            f"On {result['runtime']} the result is not measurably faster than the uncompressed network at its best"
+            f"{saved}."
         )
     throughput = change.get("throughput")
     if throughput and throughput["verdict"] == "slower":
@@ -164,8 +165,23 @@ def warnings(target: Values) -> list[str]:
             f"The machine was busy while timing on {result['runtime']} (slow runs took {spread:.0f}× the typical "
             "time): trust the ratios, which were taken in turns, more than the milliseconds."
         )
+    plain = target.get("best_uncompressed") or baseline
+    if plain and _crowded(plain):
+        found.append(
+            f"On {result['runtime']} the uncompressed network processes fewer samples a second "
+            f"{plain['throughput_batch']} at a time than one by one: its threads waited for each other or for other "
+            f"programs. The throughput ratio flatters the result; measure again on {result['runtime']}:threads=1."
+        )
     found += _doubts(result, change)
     return found
+
+
+def _crowded(measurement: Values) -> bool:
+    """Whether many at a time take longer for each sample than one by one, which no healthy machine shows."""
+    latency, rate = measurement.get("latency_ms"), measurement.get("throughput_per_s")
+    if not latency or not rate or not latency["p50"]:
+        return False
+    return bool(rate < 0.9 * 1e3 * measurement.get("latency_batch", 1) / latency["p50"])
 
 
 def name_of(metric: Values) -> str:

@@ -38,6 +38,11 @@ class InputSpec:
     high: float
     dynamic: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def look(self) -> str:
+        """`N×3×32×32`: the shape, with N for any size."""
+        return "×".join("N" if d in self.dynamic else str(s) for d, s in enumerate(self.shape)) or "a number"
+
     def example(self, batch: int, generator: torch.Generator) -> Tensor:
         """A random tensor of this look, uniform over the range seen at capture."""
         shape = [batch if self.dynamic.get(d) == "batch" else s for d, s in enumerate(self.shape)]
@@ -118,7 +123,7 @@ class Network:
         return cache[heads]
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{i.name}: {'x'.join(map(str, i.shape))}" for i in self.inputs)
+        shapes = ", ".join(f"{i.name}: {i.look}" for i in self.inputs)
         return f"Network({self.name!r}, {self.parameter_count():,} parameters, inputs ({shapes}))"
 
     # ------------------------------------------------------------------------------------------------------ running
@@ -155,9 +160,8 @@ class Network:
                 d in spec.dynamic or s == value.shape[d] for d, s in enumerate(spec.shape)
             )
             if not fits:
-                expected = "×".join("N" if d in spec.dynamic else str(s) for d, s in enumerate(spec.shape))
                 raise DataError(
-                    f"input '{spec.name}' of {self.name} must have the shape {expected}, got "
+                    f"input '{spec.name}' of {self.name} must have the shape {spec.look}, got "
                     f"{'×'.join(map(str, value.shape)) or 'a single number'}",
                     hint="samples must look like the inputs given to capture",
                 )
