@@ -150,6 +150,23 @@ def test_narrow_grids_keep_their_range(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("runtime", INTEGERS)
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Identity()], ids=["max", "mean", "none"])
+def test_a_linear_layer_behind_flatten_runs_in_integers(pool: nn.Module, runtime: str, tmp_path: Path) -> None:
+    """What stands between a grid and the last product only moves values: it must not hide the grid."""
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), pool, nn.Flatten())
+    x = torch.rand(64, 1, 8, 8)
+    model = nn.Sequential(features, nn.Linear(features(x[:1]).shape[1], 10)).eval()
+    network = pj.compress(pj.capture(model, (x[:2],)), pj.Recipe(pj.Quantize()), data=[(x, None)]).network
+    artifact = RUNTIMES.get(runtime).export(network, tmp_path / "net.onnx")
+    assert artifact.parity.rms_rel < 0.01
+    executed = RUNTIMES.get(runtime).load(artifact.path, f"{runtime}:threads=1").executed()
+    assert _products(executed) == {"int8": 2}
+    assert sum(e.op in ("QGemm", "FullyConnected") for e in executed) == 1
+    assert isinstance(pool, nn.AdaptiveAvgPool2d) or "DequantizeLinear" not in {e.op for e in executed}
+
+
+@pytest.mark.parametrize("runtime", INTEGERS)
 def test_quantize_step_gives_integer_products(runtime: str, tmp_path: Path, pictures: Network) -> None:
     """The Step's own placement, an LSTM left in float, weights alone as integers."""
     network = pictures

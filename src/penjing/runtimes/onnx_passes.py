@@ -48,11 +48,11 @@ def run(model: Any, dialect: Dialect) -> None:
     _fold_pads(graph)
     if dialect.unsigned_activations:
         _activations_to_unsigned(graph)
+    if dialect.carried_grids:
+        carry_grids(graph)  # before what follows, which looks for products that read a grid, views or not
     _weights(graph, dialect)
     if dialect.integer_bias:
         _bias_to_integers(graph)
-    if dialect.carried_grids:
-        carry_grids(graph)
     _sweep(model)
 
 

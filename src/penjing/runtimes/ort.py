@@ -41,7 +41,8 @@ _INTEGER_PRODUCTS = frozenset(
     "DynamicQuantizeMatMul DynamicQuantizeLSTM QAttention MatMulNBits".split()
 )
 _MOVES = frozenset(
-    "MaxPool Reshape Transpose Concat Gather Squeeze Unsqueeze Flatten Slice Pad Identity Resize Split".split()
+    "MaxPool NhwcMaxPool Reshape Transpose Concat Gather Squeeze Unsqueeze Flatten Slice Pad Identity Resize "
+    "Split".split()
 )
 
 
