@@ -180,6 +180,19 @@ def test_attention_and_recurrent_layers() -> None:
     assert small.run((ids,))[0].shape == (32, 3)
 
 
+def test_what_heads_saved_too_much_comes_back() -> None:
+    """A head is a quarter of its layer and takes attention along, which the cost model does not see."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    x = torch.randn(32, 24, 32)
+    network = capture(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), inputs=(x[:2],))
+    step = PruneChannels(keep_macs=0.5, where="*linear1|*in_proj*".split("|"), samples=32)
+    plan = step.plan(network, Context(original=network, data=Data(x)))
+    assert any(kept < 4 for layer, kept in counts(plan).items() if "attn" in layer)
+    share = footprint(network.apply(plan.edits)).macs / footprint(network).macs
+    assert 0.49 < share <= 0.5  # a unit of linear1 is 0.4 %
+
+
 def test_what_cannot_be_done_is_said(network: Network) -> None:
     with pytest.raises(RecipeError, match="the least it can leave is macs"):
         PruneChannels(keep_macs=0.001).plan(network, context(network))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from penjing.tensors.allocation import CostModel, Share, greedy, rounded, uniform
+from penjing.tensors.allocation import CostModel, Share, greedy, refill, rounded, uniform
 
 SIZES = {"a": 16, "b": 32}
 
@@ -65,3 +65,26 @@ def test_greedy_moves_in_multiples() -> None:
 def test_greedy_stops_when_nothing_is_left() -> None:
     curves = {"a": [0.0] * 17, "b": [0.0] * 33}
     assert greedy(SIZES, curves, [(chain(), 0)], None, 4) == {"a": 4, "b": 4}
+
+
+@pytest.mark.parametrize("round_to", [None, 4])
+def test_what_a_large_unit_saved_too_much_is_given_back(round_to: int | None) -> None:
+    """A unit of "heads" is a quarter of its layer; "hidden" has units fine enough to fill what that leaves."""
+    sizes = {"heads": 4, "hidden": 64}
+    model = CostModel(10, [Share(1000.0, (32,), {0: (("heads", 8),)}), Share(640.0, (64,), {0: (("hidden", 1),)})])
+    other = CostModel(0, [Share(64.0, (64,), {0: (("hidden", 1),)})])
+    curves = {"heads": [200.0 * i for i in range(5)], "hidden": [0.1 * i * i for i in range(65)]}
+    limits = [(model, 1200.0), (other, 60.0)]
+    kept = greedy(sizes, curves, limits, round_to, 1)
+    assert kept == greedy(dict(reversed(sizes.items())), curves, limits, round_to, 1)
+
+    def fits(counts: dict[str, int]) -> bool:
+        return all(m.total({g: sizes[g] - k for g, k in counts.items()}) <= limit for m, limit in limits)
+
+    assert fits(kept)
+    if round_to is None:
+        assert kept == {"heads": 3, "hidden": 44}  # 250 of the 450 to save, 200 more from units of 10
+    for group in sizes:
+        more = min(kept[group] + (round_to or 1), sizes[group])
+        assert more == kept[group] or not fits({**kept, group: more}), group
+    assert refill(sizes, kept, curves, limits, round_to) == kept

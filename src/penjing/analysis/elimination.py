@@ -98,5 +98,18 @@ def without_units(
     return tuple(edits)
 
 
+def zeroed_units(group: Group, units: Sequence[int], tensors: Mapping[str, Tensor]) -> tuple[SetWeights, ...]:
+    """Edits that silence units where they are made: rows, biases, gains and offsets become zero."""
+    edits: dict[str, Tensor] = {}
+    for member in group.members:
+        if member.role == "consumer" or member.parameter.endswith(("running_mean", "running_var")):
+            continue
+        value = edits.get(member.parameter, tensors[member.parameter].detach()).clone()
+        if value.is_floating_point():
+            value.index_fill_(member.dim, torch.as_tensor(member.indices[list(units)]).flatten(), 0)
+            edits[member.parameter] = value
+    return tuple(SetWeights(parameter=name, value=value) for name, value in edits.items())
+
+
 def _has_constant(layer: Layer) -> bool:
     return layer.norm is not None or layer.bias is not None

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penjing.analysis.elimination import Reader, eliminate_units, readers_of, watch_inputs, without_units
+from penjing.analysis.costs import cost_models
+from penjing.analysis.elimination import (
+    Reader,
+    eliminate_units,
+    readers_of,
+    watch_inputs,
+    without_units,
+    zeroed_units,
+)
 from penjing.analysis.footprint import Footprint, footprint
 from penjing.analysis.reconstruct import Refit, reconstruct
 from penjing.data import Data
@@ -17,7 +25,7 @@ from penjing.errors import RecipeError
 from penjing.network import Network, RemoveChannels, SetWeights
 from penjing.network.channels.groups import Group, kept_indices
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
-from penjing.tensors.allocation import CostModel, Share, greedy, uniform
+from penjing.tensors.allocation import CostModel, greedy, refill, uniform
 from penjing.tensors.criteria import CRITERIA, ELIMINATION, NEED_GRADIENTS, Slices
 from penjing.training import call
 
@@ -207,7 +215,7 @@ class PruneChannels(Step):
                 trial = without_units(readers, gone.weights[half], tensors)
         if not wanted:
             return _Ranked(group, order, errors)
-        trial = trial or _zeroed(group, order[:half], tensors)
+        trial = trial or zeroed_units(group, order[:half], tensors)
         got = network.apply(trial).run(samples)
         sensitivity = sum(
             float((a.float() - b.float()).square().mean() / b.float().var().clamp_min(1e-12))
@@ -237,14 +245,15 @@ class PruneChannels(Step):
             edits = _removals(ranked, counts)
             return edits, counts, network.apply(edits)
         limits = dict(asked)
+        models = cost_models(network, [r.group for r in ranked], size)
         for _ in range(8):
-            counts = self._allocate(ranked, sizes, _cost_models(network, ranked, size), limits)
-            edits = _removals(ranked, counts)
-            pruned = network.apply(edits)
+            counts = self._allocate(ranked, sizes, models, limits)
+            pruned = network.apply(_removals(ranked, counts))
             now = footprint(pruned)
             over = {what: getattr(now, what) / limit for what, limit in asked}
             if all(o <= 1 for o in over.values()):
-                return edits, counts, pruned
+                counts, pruned = self._give_back(network, ranked, models, asked, counts, pruned)
+                return _removals(ranked, counts), counts, pruned
             # The model leaves out what attention and the like save or keep; aim lower by what was missed.
             limits = {what: limits[what] * min(1.0, 0.998 / over[what]) for what in limits}
         least = {what: getattr(now, what) / getattr(size, what) for what, _ in asked}
@@ -253,6 +262,35 @@ class PruneChannels(Step):
             f"PruneChannels cannot bring {network.name} down to what is asked; the least it can leave is {said}",
             hint="ask for less, widen 'where', or lower min_channels and round_to",
         )
+
+    def _give_back(
+        self,
+        network: Network,
+        ranked: Sequence[_Ranked],
+        models: Mapping[str, CostModel],
+        asked: Sequence[tuple[str, float]],
+        counts: dict[str, int],
+        pruned: Network,
+    ) -> tuple[dict[str, int], Network]:
+        """Units come back for what the shrunk network really saves beyond the model: attention."""
+        if any(r.sensitivity is None for r in ranked):
+            return counts, pruned  # all groups lose the same share
+        sizes = {r.group.name: r.group.size for r in ranked}
+        curves = {r.group.name: r.errors for r in ranked}
+        part = 1.0
+        for _ in range(8):
+            now = footprint(pruned)
+            gone = {g: sizes[g] - kept for g, kept in counts.items()}
+            room = [(models[w], models[w].total(gone) + part * (limit - getattr(now, w))) for w, limit in asked]
+            more = refill(sizes, counts, curves, room, self.round_to)
+            if more == counts:
+                break
+            trial = network.apply(_removals(ranked, more))
+            if all(getattr(footprint(trial), w) <= limit for w, limit in asked):
+                counts, pruned = more, trial
+            else:
+                part /= 2  # what came back costs more than the model says
+        return counts, pruned
 
     def _allocate(
         self,
@@ -324,40 +362,6 @@ def _removals(ranked: Sequence[_Ranked], counts: Mapping[str, int]) -> list[Remo
 def _kept(network: Network, removals: Sequence[RemoveChannels]) -> dict[str, dict[int, Tensor]]:
     kept = kept_indices(network.groups(), [(e.parameter, e.dim, e.indices) for e in removals])
     return {name: {dim: torch.as_tensor(i) for dim, i in dims.items()} for name, dims in kept.items()}
-
-
-def _cost_models(network: Network, ranked: Sequence[_Ranked], size: Footprint) -> dict[str, CostModel]:
-    """Parameters and multiply-accumulates as functions of the units that go."""
-    owners: dict[str, dict[int, list[tuple[str, int]]]] = {}
-    for r in ranked:
-        for m in r.group.members:
-            owners.setdefault(m.parameter, {}).setdefault(m.dim, []).append((r.group.name, m.indices.shape[1]))
-    tensors = network.tensors()
-    models = {}
-    for what, bases in (
-        ("macs", size.by_weight),
-        ("parameters", {n: tensors[n].numel() for n in network.parameter_names}),
-    ):
-        shares = [
-            Share(bases[name], tuple(tensors[name].shape), {dim: tuple(o) for dim, o in dims.items()})
-            for name, dims in owners.items()
-            if bases.get(name)
-        ]
-        models[what] = CostModel(getattr(size, what) - sum(s.base for s in shares), shares)
-    return models
-
-
-def _zeroed(group: Group, units: Sequence[int], tensors: Mapping[str, Tensor]) -> tuple[SetWeights, ...]:
-    """Edits that silence units where they are made: rows, biases, gains and offsets become zero."""
-    edits: dict[str, Tensor] = {}
-    for member in group.members:
-        if member.role == "consumer" or member.parameter.endswith(("running_mean", "running_var")):
-            continue
-        value = edits.get(member.parameter, tensors[member.parameter].detach()).clone()
-        if value.is_floating_point():
-            value.index_fill_(member.dim, torch.as_tensor(member.indices[list(units)]).flatten(), 0)
-            edits[member.parameter] = value
-    return tuple(SetWeights(parameter=name, value=value) for name, value in edits.items())
 
 
 def _gains(network: Network) -> set[str]:

@@ -73,8 +73,8 @@ def greedy(
 
     `errors[group][i]` is the error with i units gone (not falling); `models` are (cost, limit) pairs, and a saving
     counts relative to what each cost has to lose in all, and the more of that is left the more. Groups shrink in
-    steps that end on multiples of `round_to`. Stops early when nothing is left to take; the caller sees by the model
-    whether the limits were reached.
+    steps that end on multiples of `round_to`. What the last steps took too much is given back (`refill`). Stops early
+    when nothing is left to take; the caller sees by the model whether the limits were reached.
     """
     gone = dict.fromkeys(sizes, 0)
     totals = [model.total(gone) for model, _ in models]
@@ -121,4 +121,37 @@ def greedy(
         gone[group] += now[1]
         totals = [model.total(gone) for model, _ in models]
         heapq.heappush(heap, (now[0], group))
-    return {g: sizes[g] - gone[g] for g in sizes}
+    return refill(sizes, {g: sizes[g] - gone[g] for g in sizes}, errors, models, round_to)
+
+
+def refill(
+    sizes: Counts,
+    kept: Counts,
+    errors: Mapping[str, Sequence[float]],
+    models: Sequence[tuple[CostModel, float]],
+    round_to: int | None,
+) -> dict[str, int]:
+    """Give units back for as long as one step of any group fits into every limit: a large unit may have saved too much.
+
+    First the step that spares most error for the part of the free cost that it takes; arguments as for `greedy`.
+    """
+    gone = {g: size - kept[g] for g, size in sizes.items()}
+    while True:
+        free = [limit - model.total(gone) for model, limit in models]
+        best: tuple[float, str, int] | None = None
+        for group in sorted(sizes):
+            left = sizes[group] - gone[group]
+            after = min(left + 1 if not round_to else (left // round_to + 1) * round_to, sizes[group])
+            trial = {**gone, group: sizes[group] - after}
+            costs = [model.saving(trial, group, after - left) for model, _ in models]
+            if after == left or any(cost > room for cost, room in zip(costs, free, strict=True)):
+                continue
+            curve = errors[group]
+            spared = curve[min(gone[group], len(curve) - 1)] - curve[min(trial[group], len(curve) - 1)]
+            share = sum(cost / room for cost, room in zip(costs, free, strict=True) if cost > 0)
+            worth = max(spared, 0.0) / max(share, 1e-12)
+            if best is None or worth > best[0]:
+                best = worth, group, trial[group]
+        if best is None:
+            return {g: size - gone[g] for g, size in sizes.items()}
+        gone[best[1]] = best[2]
