@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import penjing as pj
+from penjing.analysis.expose import exposing, shared_sums
 from penjing.data import Data
 from penjing.errors import DataError, PenjingError, RecipeError
 from penjing.methods.finetune import Finetune
@@ -175,3 +177,39 @@ def test_a_network_of_one_batch_size_says_which() -> None:
     with pytest.raises(RecipeError, match="batch_size must be 8, got 64"):
         Finetune().plan(fixed, here)
     assert Finetune(batch_size=8, epochs=1, lr=0.1).plan(fixed, here).edits
+
+
+def test_hints_at_residual_sums() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = (
+                nn.Conv2d(1, 8, 3, padding=1),
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.Conv2d(8, 8, 3, padding=1),
+            )
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x).relu()
+            return self.head((x + self.b(self.a(x).relu())).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    x = torch.rand(64, 1, 6, 6)
+    network = pj.capture(Residual(), (x[:2],))
+    recipe = pj.Recipe(
+        pj.PruneChannels(ratio=0.5, where="a", reconstruct=False), pj.Finetune(teacher="original", hints=1.0, epochs=30)
+    )
+    pruned, tuned = (pj.compress(network, pj.Recipe(*recipe.steps[:n]), data=[x]).network for n in (1, 2))
+    assert shared_sums(pruned, network) == ["add"]
+
+    def far(other: pj.Network) -> float:
+        sums = [exposing(n, ["add"]).run(x)[-1] for n in (network, other)]
+        return float((sums[0] - sums[1]).square().mean())
+
+    assert far(tuned) < 0.5 * far(pruned)
+    with pytest.raises(RecipeError, match="hints needs a teacher"):
+        pj.Finetune(hints=1.0)
+    narrow = pj.compress(network, pj.Recipe(pj.PruneChannels(ratio=0.5)), data=[x]).network
+    with pytest.raises(RecipeError, match="finds no residual sum"):
+        pj.Finetune(teacher="original", hints=1.0).plan(narrow, Context(original=network, data=Data([x])))

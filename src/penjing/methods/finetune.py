@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from penjing.analysis.expose import exposing, shared_sums
 from penjing.data import Data, concatenate
 from penjing.errors import DataError, RecipeError
 from penjing.network import Network, SetWeights
@@ -31,10 +32,12 @@ _CACHE_BYTES = 2 << 30
 class Finetune(Step):
     """Train the selected parameters for `epochs` passes (a fraction is fine) over the data.
 
-    `teacher="original"` adds the answers of the network that the recipe started from as soft labels at `temperature`,
-    with the weight `alpha` (the labels get 1 - alpha). Without a task or without labels only the teacher is followed,
-    which needs no labels at all. Weights that an earlier step masked stay zero. `augment="flip-crop"` varies images.
-    The norms' statistics follow the training samples; with `where`, only tensors it selects change.
+    `teacher="original"` adds the answers of the network that the recipe started from as soft labels at
+    `temperature`, with the weight `alpha` (the labels get 1 - alpha). Without a task or without labels only the
+    teacher is followed, which needs no labels at all. `hints` weighs a further term: the mean relative squared
+    error at the residual sums that both networks still have in the same shape (Romero et al. 2015, "FitNets",
+    without adapters). Weights that an earlier step masked stay zero. `augment="flip-crop"` varies images. The
+    norms' statistics follow the training samples; with `where`, only tensors it selects change.
     """
 
     epochs: float = 2
@@ -46,6 +49,7 @@ class Finetune(Step):
     optimizer: str = "sgd"
     weight_decay: float = 5e-4
     augment: str | None = None
+    hints: float = 0.0
 
     def __post_init__(self) -> None:
         infinity = float("inf")
@@ -58,14 +62,26 @@ class Finetune(Step):
         self.require_one_of("optimizer", tuple(OPTIMIZERS))
         self.require_between("weight_decay", 0, infinity)
         self.require_one_of("augment", (None, *AUGMENTATIONS))
+        self.require_between("hints", 0, infinity)
+        if self.hints and self.teacher is None:
+            raise RecipeError("Finetune.hints needs a teacher to take them from", hint="teacher: original")
 
     def plan(self, network: Network, context: Context) -> Plan:
         """Trains a copy; the Plan holds the new values of every tensor that changed."""
         self.check(context)
         self._fits(network)
         data = cast(Data, context.data)
-        student = network.module()
-        teacher = context.original.module() if self.teacher else None
+        looked_at, taught = network, context.original
+        if self.hints:
+            sums = shared_sums(network, context.original)
+            if not sums:
+                raise RecipeError(
+                    f"Finetune.hints finds no residual sum that {network.name} and its original share",
+                    hint="prune inside of the blocks only, or leave hints away",
+                )
+            looked_at, taught = exposing(network, sums), exposing(context.original, sums)
+        student = looked_at.module()
+        teacher = taught.module() if self.teacher else None
         fast = _channels_last(data, student, *([teacher] if teacher else []))
         batches, known_answers = self._batches(data, teacher, context, fast)
         loss = self._loss(network, context, None if known_answers else teacher)
@@ -126,7 +142,14 @@ class Finetune(Step):
         seed = context.seed
         cached = None
         free = context.original.batch_is_dynamic
-        if teacher is not None and self.augment is None and self.epochs > 1 and free and _fits_in_memory(data):
+        if (
+            teacher is not None
+            and self.augment is None
+            and not self.hints
+            and self.epochs > 1
+            and free
+            and _fits_in_memory(data)
+        ):
             cached = _answers(data, teacher, fast, context.progress)
 
         def of_epoch(epoch: int) -> Iterator[Batch]:
@@ -156,15 +179,20 @@ class Finetune(Step):
             outputs = call(module, inputs)
             if self.teacher is None:
                 return _by_labels(outputs, labels)
+            hint = torch.zeros((), device=pytree.tree_leaves(inputs)[0].device)
             if answer is None and teacher is not None:
                 with torch.no_grad():
-                    answer = primary(call(teacher, inputs))
+                    answer = call(teacher, inputs)
+                if self.hints:
+                    (outputs, seen), (answer, told) = outputs, answer
+                    hint = self.hints * torch.stack([matching(seen[n], told[n]) for n in told]).mean()
+                answer = primary(answer)
             got = primary(outputs)
             soft = matching(got, answer) if dim is None else soft_labels(got, answer, self.temperature, dim)
-            if task is None or labels is None:
-                return soft
             # At alpha = 1 the labels are not even looked at, so that they may be anything.
-            return soft if self.alpha == 1 else self.alpha * soft + (1 - self.alpha) * _by_labels(outputs, labels)
+            if task is None or labels is None or self.alpha == 1:
+                return soft + hint
+            return self.alpha * soft + (1 - self.alpha) * _by_labels(outputs, labels) + hint
 
         def _by_labels(outputs: Any, labels: Any) -> Tensor:
             if task is None or labels is None:

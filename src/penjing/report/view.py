@@ -206,7 +206,9 @@ def _note(target: Values, several: bool) -> str:
         best = f"Speed is compared with the best uncompressed setting ({fastest}), the rest with the baseline."
     else:
         best = "On this machine the runtime has one uncompressed setting; everything is compared with it."
-    return f"{best} Timed in turns in one process{f', about {runs:,} runs each' if runs else ''}; the medians are shown."
+    return (
+        f"{best} Timed in turns in one process{f', about {runs:,} runs each' if runs else ''}; the medians are shown."
+    )
 
 
 def _executed(counts: Mapping[str, int]) -> str:
