@@ -19,11 +19,13 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[Path]:
     ordinary file (a folder, a device), or when the block raises an OSError such as a full disk's.
     """
     final = Path(path)
-    if final.exists() and not final.is_file():
-        kind = "a folder" if final.is_dir() else "no ordinary file"
-        raise OutputError(f"cannot write {final}: it is {kind}", hint="name a file")
+    if "\0" in str(final):
+        raise OutputError(f"cannot write {str(final)!r}: no file can be called so", hint="name a file")
     aside: Path | None = None
     try:
+        if final.exists() and not final.is_file():
+            kind = "a folder" if final.is_dir() else "no ordinary file"
+            raise OutputError(f"cannot write {final}: it is {kind}", hint="name a file")
         final.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".", suffix=f".part{final.suffix}", dir=final.parent)
         os.close(handle)

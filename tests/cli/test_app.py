@@ -120,7 +120,7 @@ def test_interruption_is_one_line_and_leaves_no_debris(desk, number, code):
             break
         time.sleep(0.1)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     assert out == "" and len(err.splitlines()) == 1 and "nothing was written" in err
     assert {p.name for p in desk.iterdir()} - {"__pycache__"} == {"net.py", "samples.npz", "slow.py", "started"}

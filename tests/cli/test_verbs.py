@@ -109,7 +109,7 @@ def test_bad_recipes(penjing, desk, recipe, error, hint):
     (desk / "recipe.yaml").write_text(recipe)
     before = files(desk)
     done = penjing(*COMPRESS, "--recipe", "recipe.yaml")
-    lines = done.err.splitlines()
+    lines = [line for line in done.err.splitlines() if line.startswith(("error:", "hint:"))]  # slow work says so
     assert done.code == 2 and done.out == "" and len(lines) == 2, done.err
     assert lines[0].startswith("error: ") and error in lines[0] and hint in lines[1]
     assert files(desk) == before
@@ -155,7 +155,7 @@ def test_bad_arguments(penjing, desk, quantize, args, error, hint):
     if args[0] == "compress" and "--recipe" not in args:
         args = (*args, "--recipe", quantize)
     done = penjing(*args)
-    lines = done.err.splitlines()
+    lines = [line for line in done.err.splitlines() if line.startswith(("error:", "hint:"))]  # slow work says so
     assert done.code == 2 and done.out == "", done.err
     assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("hint: "), done.err
     assert error in lines[0] and hint in lines[1], done.err
