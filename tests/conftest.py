@@ -15,10 +15,12 @@ DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes, a file's tests stay in one, so that networks are captured once; the zoo's files too."""
+    """With several processes, a file's tests stay in one, so that networks are captured once; in the zoo, a network's."""
     for item in items:
-        path = item.path.relative_to(ROOT)
-        item.add_marker(pytest.mark.xdist_group("zoo" if "channels" in path.parts else str(path)))
+        path = str(item.path.relative_to(ROOT))
+        callspec = getattr(item, "callspec", None)
+        network = callspec.params.get("name") if callspec and "channels" in path else None
+        item.add_marker(pytest.mark.xdist_group(f"zoo {network}" if network else path))
 
 
 @pytest.fixture(scope="session")
