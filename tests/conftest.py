@@ -15,7 +15,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes, a file's tests stay in one, so that networks are captured once; in the zoo, a network's."""
+    """With several processes, the tests of a file stay in one, and in the zoo those of a network: captured once."""
     for item in items:
         path = str(item.path.relative_to(ROOT))
         callspec = getattr(item, "callspec", None)
