@@ -110,26 +110,6 @@ class Draft:
     def graph(self) -> fx.Graph:
         return self.graph_module.graph
 
-    def node(self, name: str) -> fx.Node:
-        """The node called `name`."""
-        found: fx.Node | None = next((n for n in self.graph.nodes if n.name == name), None)
-        if found is None:
-            raise EditError(f"the graph has no node called '{name}'")
-        return found
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor called `name`."""
-        try:
-            return flat.get_tensor(self.graph_module, name)
-        except AttributeError:
-            raise EditError(f"the network has no tensor called '{name}'") from None
-
-    def put(self, name: str, value: Tensor) -> None:
-        """Sets or adds a tensor without touching the one that was there."""
-        held = flat.tensors_of(self.graph_module)
-        held[name] = value
-        self.graph_module = _rebuild(self.graph_module.graph, held)
-
 
 def _rebuild(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     return fx.GraphModule(dict(tensors), graph)

@@ -316,12 +316,6 @@ def uncompressed_settings(target: Target | str) -> list[Target]:
     return [replace(chosen, precision=p) for p in runtime.float_precisions()]
 
 
-def export_error(network: Network, runtime: str, error: Exception) -> ExportError:
-    """An exporter's failure in one sentence."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ExportError(f"{network.name} cannot be exported for {runtime}: {reason[:300]}")
-
-
 def _known() -> str:
     return did_you_mean("", RUNTIMES.names())
 

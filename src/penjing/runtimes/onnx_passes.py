@@ -96,11 +96,6 @@ def _set_axis(node: Any, axis: int) -> None:
     node.attributes["axis"] = ir.AttrInt64("axis", axis)
 
 
-def _sole_user(graph: Any, value: Any) -> Any | None:
-    uses = list(value.uses())
-    return uses[0][0] if len(uses) == 1 and not _is_output(graph, value) else None
-
-
 # --------------------------------------------------------------------------------------------------------------- passes
 def _forget_origins(model: Any) -> None:
     """Drops stack traces and module scopes: they cost bytes and tell paths of the machine that exported."""
