@@ -319,3 +319,10 @@ def kept_by(groups: Groups, gone: NDArray[np.bool_]) -> dict[str, dict[int, Ints
         if removed.any():
             kept.setdefault(axis.tensor, {})[axis.dim] = np.flatnonzero(~removed)
     return kept
+
+
+def kept_values(groups: Groups, removals: Sequence[tuple[str, int, Sequence[int]]]) -> dict[str, tuple[int, Ints]]:
+    """For every activation that shrinks, by its node's name: the dimension, and the positions kept along it."""
+    gone = units_of(groups, removals)
+    axes = {name: axis for name, axis in groups.solution.axes.items() if name in groups.shapes}
+    return {name: (dim, np.flatnonzero(~gone[classes])) for name, (dim, classes) in axes.items() if gone[classes].any()}
