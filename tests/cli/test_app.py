@@ -114,7 +114,10 @@ def test_interruption_is_one_line_and_leaves_no_debris(desk, number, code):
         "import pathlib, time\ndef build():\n    pathlib.Path('started').touch()\n    time.sleep(60)\n"
     )
     command = [sys.executable, "-m", "penjing", "pack", "slow.py:build", "net.penjing", "--input-shape", "1x4"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=desk)
+    # A suite started in the background hands down an ignored SIGINT, which Python then leaves ignored.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, cwd=desk, preexec_fn=heard)
     for _ in range(600):
         if (desk / "started").exists():
             break
