@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from penjing.errors import EditError
 from penjing.network import graph as flat
-from penjing.network.channels.groups import analyse
+from penjing.network.channels.groups import Groups, analyse
 from penjing.network.channels.remove import remove
 
 decomposed = torch.ops.quantized_decomposed
@@ -100,11 +100,15 @@ EDITS: dict[str, type[Edit]] = {
 
 @dataclass(kw_only=True)
 class Draft:
-    """A network while it is being edited: its own copy of the graph, tensors shared until they change."""
+    """A network while it is being edited: its own copy of the graph, tensors shared until they change.
+
+    `groups` are the channel groups known of the graph as it is now, by the treatment of heads.
+    """
 
     graph_module: fx.GraphModule
     masks: dict[str, Tensor]
     example: dict[str, Tensor]
+    groups: dict[str, Groups] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -120,6 +124,7 @@ def apply(draft: Draft, edits: Iterable[Edit]) -> None:
     for kind, run in itertools.groupby(edits, key=type):
         several: Sequence[Any] = list(run)
         _APPLY[kind](draft, several)
+        draft.groups = {}
     graph = draft.graph
     graph.eliminate_dead_code()
     graph.lint()
@@ -128,7 +133,8 @@ def apply(draft: Draft, edits: Iterable[Edit]) -> None:
 
 def _remove_channels(draft: Draft, edits: Sequence[RemoveChannels]) -> None:
     for heads, run in itertools.groupby(edits, key=lambda e: e.heads):
-        groups = analyse(draft.graph_module, draft.example, heads=heads)
+        groups = draft.groups.get(heads) or analyse(draft.graph_module, draft.example, heads=heads)
+        draft.groups = {}
         removed = remove(draft.graph_module, groups, [(e.parameter, e.dim, e.indices) for e in run])
         draft.graph_module = removed.graph_module
         for name, mask in draft.masks.items():

@@ -208,7 +208,10 @@ class Network:
     def apply(self, edits: Iterable[edits_module.Edit]) -> Network:
         """A new Network with `edits` made in order; raises EditError and leaves nothing half done."""
         draft = edits_module.Draft(
-            graph_module=flat.copy(self.graph_module), masks=dict(self.masks), example=self.bind(self.example())
+            graph_module=flat.copy(self.graph_module),
+            masks=dict(self.masks),
+            example=self.bind(self.example()),
+            groups=dict(self.__dict__.get("_groups", {})),
         )
         edits_module.apply(draft, edits)
         return self.replace(graph_module=draft.graph_module, masks=draft.masks)
