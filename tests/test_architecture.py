@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "penjing"
 ORDER = [
-    "_version", "errors", "registry", "progress", "files", "tensors", "network", "training", "analysis", "task", "data",
+    "_version", "errors", "registry", "progress", "files", "budget", "tensors", "network", "training", "analysis", "task", "data",
     "recipe", "runtimes", "methods", "compression", "package", "evaluation", "report", "search", "deployment",
     "serving", "cli", "testing",
 ]  # fmt: skip

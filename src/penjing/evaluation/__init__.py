@@ -1,7 +1,7 @@
 """Measurements of networks on the runtimes that will run them, and the Report of an evaluation."""
 
+from penjing.budget import Constraint, parse_constraints, verdict
 from penjing.evaluation.assemble import evaluate
-from penjing.evaluation.constraints import Constraint, parse_constraints, verdict
 from penjing.evaluation.describe import data_digest, describe, digest, wire_bytes
 from penjing.evaluation.environment import environment
 from penjing.evaluation.intervals import mean_interval, paired_difference

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from penjing import package
+from penjing.budget import Constraint, parse_constraints, verdict
 from penjing.data import Data
 from penjing.errors import DataError, InputError
 from penjing.evaluation.bench import Bench
-from penjing.evaluation.constraints import Constraint, parse_constraints, verdict
 from penjing.evaluation.describe import describe, digest
 from penjing.evaluation.environment import environment
 from penjing.evaluation.latency import LatencySettings

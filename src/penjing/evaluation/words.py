@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from penjing.evaluation.constraints import is_fraction
+from penjing.budget import is_fraction
 
 Values = Mapping[str, Any]
 MINUS = "−"

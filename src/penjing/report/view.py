@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from penjing.budget import is_fraction, parse_constraints
 from penjing.evaluation import words
-from penjing.evaluation.constraints import is_fraction, parse_constraints
 from penjing.report.charts import bars, capital, intervals
 
 Values = Mapping[str, Any]

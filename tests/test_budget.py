@@ -2,8 +2,8 @@
 
 import pytest
 
+from penjing.budget import parse_constraints, verdict
 from penjing.errors import BudgetError
-from penjing.evaluation.constraints import parse_constraints, verdict
 
 
 def measured(

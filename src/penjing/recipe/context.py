@@ -1,0 +1,21 @@
+"""Context: what a planner may look at besides the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penjing.data import Data
+from penjing.network import Network
+from penjing.progress import SILENT, Progress
+from penjing.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a planner may look at besides the network: the original network, samples, the task, the seed."""
+
+    original: Network
+    data: Data | None = None
+    task: Task | None = None
+    seed: int = 0
+    progress: Progress = SILENT
