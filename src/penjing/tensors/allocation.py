@@ -5,8 +5,21 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 Counts = Mapping[str, int]  #: group → units that stay
+Rounding = int | Mapping[str, int] | None  #: the multiple that counts end on: one for all groups, or by group
+
+
+class Part(Protocol):
+    """A part of a cost that depends on the groups in `owners`, by dimension: (group, entries a unit)."""
+
+    @property
+    def owners(self) -> Mapping[int, tuple[tuple[str, int], ...]]: ...
+
+    def cost(self, gone: Mapping[str, int]) -> float:
+        """The cost left when `gone[group]` units have left."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,11 +41,11 @@ class Share:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Parameters or multiply-accumulates as a function of the units that stay: a constant and a sum of `Share`s."""
+    """A cost as a function of the units that stay: a constant and a sum of parts."""
 
     constant: float
-    shares: Sequence[Share]
-    _by_group: dict[str, list[Share]] = field(default_factory=dict, repr=False)
+    shares: Sequence[Part]
+    _by_group: dict[str, list[Part]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for share in self.shares:
@@ -57,23 +70,29 @@ def rounded(count: int, size: int, round_to: int | None, minimum: int) -> int:
     return min(count, size)
 
 
-def uniform(sizes: Counts, ratio: float, round_to: int | None, minimum: int) -> dict[str, int]:
+def multiple(round_to: Rounding, group: str) -> int:
+    """The multiple that the count of a group ends on."""
+    return max(1, round_to.get(group, 1) if isinstance(round_to, Mapping) else round_to or 1)
+
+
+def uniform(sizes: Counts, ratio: float, round_to: Rounding, minimum: int) -> dict[str, int]:
     """Every group gives up the share `ratio` of its units."""
-    return {g: rounded(round(size * (1 - ratio)), size, round_to, minimum) for g, size in sizes.items()}
+    return {g: rounded(round(size * (1 - ratio)), size, multiple(round_to, g), minimum) for g, size in sizes.items()}
 
 
 def greedy(
     sizes: Counts,
     errors: Mapping[str, Sequence[float]],
     models: Sequence[tuple[CostModel, float]],
-    round_to: int | None,
+    round_to: Rounding,
     minimum: int,
 ) -> dict[str, int]:
     """Take units one step at a time where the error rises least for what is saved, until every cost is at its limit.
 
     `errors[group][i]` is the error with i units gone (not falling); `models` are (cost, limit) pairs, and a saving
     counts relative to what each cost has to lose in all, and the more of that is left the more. Groups shrink in
-    steps that end on multiples of `round_to`. What the last steps took too much is given back (`refill`). Stops early
+    steps that end on multiples of `round_to`; steps that save nothing by themselves (the flat of a staircase) are taken
+    together with the next. What the last steps took too much is given back (`refill`). Stops early
     when nothing is left to take; the caller sees by the model whether the limits were reached.
     """
     gone = dict.fromkeys(sizes, 0)
@@ -87,21 +106,21 @@ def greedy(
         ]
 
     def offer(group: str) -> tuple[float, int] | None:
-        size = sizes[group]
-        left = size - gone[group]
-        after = left - 1 if not round_to else (left - 1) // round_to * round_to
-        if after < max(minimum, 1, round_to or 1) or after >= left:
-            return None
-        more = left - after
+        left = sizes[group] - gone[group]
+        each = multiple(round_to, group)
         now = excess()
         most = max(now)
-        saved = sum(
-            over / most * model.saving(gone, group, more) / max(start - limit, 1e-12)
-            for (model, limit), start, over in zip(models, starts, now, strict=True)
-            if over > 0
-        )
-        if saved <= 0:
-            return None
+        after, saved = left, 0.0
+        while saved <= 0:
+            after = (after - 1) // each * each
+            if after < max(minimum, each):
+                return None
+            saved = sum(
+                over / most * model.saving(gone, group, left - after) / max(start - limit, 1e-12)
+                for (model, limit), start, over in zip(models, starts, now, strict=True)
+                if over > 0
+            )
+        more = left - after
         curve = errors[group]
         rise = curve[min(gone[group] + more, len(curve) - 1)] - curve[gone[group]]
         return max(rise, 0.0) / saved, more
@@ -129,7 +148,7 @@ def refill(
     kept: Counts,
     errors: Mapping[str, Sequence[float]],
     models: Sequence[tuple[CostModel, float]],
-    round_to: int | None,
+    round_to: Rounding,
 ) -> dict[str, int]:
     """Give units back for as long as one step of any group fits into every limit: a large unit may have saved too much.
 
@@ -141,7 +160,8 @@ def refill(
         best: tuple[float, str, int] | None = None
         for group in sorted(sizes):
             left = sizes[group] - gone[group]
-            after = min(left + 1 if not round_to else (left // round_to + 1) * round_to, sizes[group])
+            each = multiple(round_to, group)
+            after = min((left // each + 1) * each, sizes[group])
             trial = {**gone, group: sizes[group] - after}
             costs = [model.saving(trial, group, after - left) for model, _ in models]
             if after == left or any(cost > room for cost, room in zip(costs, free, strict=True)):
