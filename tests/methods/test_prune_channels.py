@@ -14,6 +14,7 @@ from penjing.methods.prune_channels import PruneChannels
 from penjing.network import MaskWeights, Network, QuantizeTensor, RemoveChannels, SetWeights, capture
 from penjing.recipe import Context, Plan, Recipe
 from penjing.task import get_task
+from penjing.tensors.criteria import CRITERIA
 
 X = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 Y = torch.arange(96) % 5
@@ -101,6 +102,26 @@ def test_norm_gains_decide(network: Network) -> None:
     network = network.apply([SetWeights(parameter="na.weight", value=gain)])
     plan = PruneChannels(ratio=0.25, criterion="bn_scale").plan(network, context(network, data=False))
     assert removed(plan)["a.weight"] == (0, 3, 8, 15)
+
+
+@pytest.mark.parametrize("criterion", [c for c in CRITERIA.names() if c != "random"])
+def test_every_criterion_judges_and_shrinks(network: Network, criterion: str) -> None:
+    plan = PruneChannels(ratio=0.5, criterion=criterion).plan(network, context(network))
+    assert counts(plan) == {"a": 8, "b": 4, "c": 6}
+    again = PruneChannels(ratio=0.5, criterion=criterion).plan(network, context(network))
+    assert removed(plan) == removed(again)
+
+
+def test_silent_channels_go_by_what_they_do(network: Network) -> None:
+    """Channels that a strongly negative offset keeps at zero: their weights are as large as the others'."""
+    offset, silent = torch.zeros(16), [2, 3, 11, 15]
+    offset[silent] = -9.0
+    network = network.apply([SetWeights(parameter="na.bias", value=offset)])
+    for criterion in ("apoz", "mean_activation", "feature_rank"):
+        plan = PruneChannels(ratio=0.25, criterion=criterion).plan(network, context(network, task=False))
+        assert removed(plan)["a.weight"] == tuple(silent), criterion
+        with pytest.raises(RecipeError, match=f"criterion '{criterion}' needs samples"):
+            PruneChannels(criterion=criterion).plan(network, context(network, data=False))
 
 
 def test_random_is_seeded(network: Network) -> None:

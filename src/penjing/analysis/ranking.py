@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penjing.analysis.activations import watch_values
 from penjing.analysis.elimination import (
     Reader,
     eliminate_units,
@@ -20,7 +21,7 @@ from penjing.analysis.footprint import Footprint
 from penjing.network import Network, SetWeights
 from penjing.network.channels.groups import Group
 from penjing.progress import SILENT, Progress
-from penjing.tensors.criteria import CRITERIA, ELIMINATION, Slices
+from penjing.tensors.criteria import CRITERIA, ELIMINATION, Slices, Units
 
 #: Multiply-accumulates that measuring the groups' sensitivities may take.
 _SENSITIVITY_WORK = 6e11
@@ -52,9 +53,9 @@ def rank(
     """The units of each of `groups`, cheapest first by `criterion`.
 
     `batches` are bound inputs (none: only weights are looked at), `size` is the network's footprint, `gradients` those
-    of a few batches by parameter, for criteria that need them. With `by_cost` and batches the groups are made
-    comparable: each group's error curve is scaled to what losing half of it does to the outputs, its readers having
-    made up for it where they will be `refitted`.
+    of a few batches by parameter, for criteria that need them; what the units do is watched here. With `by_cost` and
+    batches the groups are made comparable: each group's error curve is scaled to what losing half of it does to the
+    outputs, its readers having made up for it where they will be `refitted`.
     """
     tensors, gains = network.tensors(), _gains(network)
     weights = [m.parameter for g in groups for m in g.consumers]
@@ -64,18 +65,24 @@ def rank(
     if batches and not network.batch_is_dynamic:
         looked_at = batches[0]
     wanted = network.run(looked_at) if by_cost and batches else ()
+    needs = CRITERIA.get(criterion).needs
+    watched = bool(needs & {"activity", "ranks"})
+    active = watch_values(network, groups, batches, ranks="ranks" in needs, progress=progress) if watched else {}
     ranked = []
     with progress.task("judging channels", len(groups)) as advance:
         for number, group in enumerate(groups):
             readers = readers_of(group, seen, tensors)
             generator = torch.Generator().manual_seed(seed * 100_003 + number)
-            slices = [
+            slices = tuple(
                 Slices(m.parameter, tensors[m.parameter], m.dim, torch.as_tensor(m.indices), m.parameter in gains,
                        tuple(g[m.parameter] for g in gradients))
                 for m in group.members
                 if m.parameter in network.parameter_names
-            ]  # fmt: skip
-            ranked.append(_rank_one(network, group, criterion, slices, readers, generator, looked_at, wanted, refitted))
+            )  # fmt: skip
+            units = Units(slices, active.get(group.name))
+            # Whatever makes no value of its own (an offset alone) is judged by its weights.
+            judge = "l2" if watched and active and units.activity is None else criterion
+            ranked.append(_rank_one(network, group, judge, units, readers, generator, looked_at, wanted, refitted))
             advance(1)
     return ranked
 
@@ -84,7 +91,7 @@ def _rank_one(
     network: Network,
     group: Group,
     criterion: str,
-    slices: Sequence[Slices],
+    units: Units,
     readers: Sequence[Reader],
     generator: torch.Generator,
     samples: dict[str, Tensor],
@@ -92,7 +99,7 @@ def _rank_one(
     refitted: bool,
 ) -> Ranked:
     half, tensors = group.size // 2, network.tensors()
-    scores = CRITERIA.get(criterion)(slices, generator)
+    scores = CRITERIA.get(criterion)(units, generator)
     order = torch.argsort(scores).tolist()
     errors = [0.0, *torch.cumsum(scores[order], 0).tolist()]
     trial: tuple[SetWeights, ...] = ()

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from penjing.analysis.blockwise import optimise_blocks
 from penjing.analysis.footprint import Footprint, footprint
+from penjing.analysis.gradients import gradients
 from penjing.analysis.ranking import Ranked, rank
 from penjing.analysis.reconstruct import Refit, reconstruct
 from penjing.analysis.shrinking import Shrunk, shrink_evenly, shrink_to
-from penjing.data import Data
 from penjing.errors import RecipeError
 from penjing.network import Network, SetWeights
 from penjing.network.channels.groups import Group, kept_indices, kept_values
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
-from penjing.tensors.criteria import CRITERIA, ELIMINATION, NEED_GRADIENTS
-from penjing.training import call
+from penjing.tensors.criteria import CRITERIA, ELIMINATION, require_samples
 
 #: Most entries of one value that are kept for all samples together while layers are refitted (float32: 1 GiB).
 _ENTRIES = 1 << 28
@@ -36,10 +35,10 @@ class PruneChannels(Step):
     How many: `ratio` of every group's units go (0.5 if nothing is said), or as many as it takes for the network's
     multiply-accumulates (`keep_macs`) or parameters (`keep_params`) to fall to that share of now; both may be given,
     and both then hold. With samples a group loses the less the more the outputs suffer from losing half of it;
-    without, all groups lose the same share. Which: `criterion` ("l1", "l2", "bn_scale", "taylor", "random", or "obs":
-    what the layers behind can do without, judged on samples). With `reconstruct` and samples, the layers that lost
-    inputs are refitted, without labels (`penjing.analysis.reconstruct`); `reconstruct="blockwise"` then trains block
-    after block, `block_steps` steps each at the rate `block_lr`, towards what the original gives there
+    without, all groups lose the same share. Which: `criterion`, any of `penjing.tensors.criteria`
+    ("obs": what the layers behind can do without, judged on samples). With `reconstruct` and samples, the layers that
+    lost inputs are refitted, without labels (`penjing.analysis.reconstruct`); `reconstruct="blockwise"` then trains
+    block after block, `block_steps` steps each at the rate `block_lr`, towards what the original gives there
     (`penjing.analysis.blockwise`). Counts are rounded up to multiples of `round_to`; `min_channels` stay everywhere.
     `where` selects the layers that make the channels; a group is touched only if all of its makers are selected.
     """
@@ -74,12 +73,8 @@ class PruneChannels(Step):
         self.require_between("block_lr", 0, float("inf"), open_low=True)
 
     def check(self, context: Context) -> None:
-        """Criteria that look at gradients need labelled samples."""
-        if self.criterion in NEED_GRADIENTS and (context.data is None or context.task is None):
-            raise RecipeError(
-                f"criterion '{self.criterion}' needs samples with labels and a task",
-                hint="give data and task, or use 'l2', which needs neither",
-            )
+        """Criteria may need samples, or labels and a task."""
+        require_samples(self.criterion, samples=context.data is not None, labels=context.task is not None)
 
     def plan(self, network: Network, context: Context) -> Plan:
         """Decides on the channels, tries them out on copies, and refits what reads them."""
@@ -107,7 +102,7 @@ class PruneChannels(Step):
             size,
             by_cost=by_cost,
             refitted=bool(self.reconstruct),
-            gradients=_gradients(network, context.data, context) if self.criterion in NEED_GRADIENTS else (),
+            gradients=_gradients(network, context) if "gradients" in CRITERIA.get(self.criterion).needs else (),
             seed=context.seed,
             progress=context.progress,
         )
@@ -218,15 +213,9 @@ class PruneChannels(Step):
         return (*reasons, *(Reason(layer=layer, choice="stays", why=why) for layer, why in stay.items()))
 
 
-def _gradients(network: Network, data: Data | None, context: Context) -> list[dict[str, Tensor]]:
+def _gradients(network: Network, context: Context) -> list[dict[str, Tensor]]:
     """Gradients of the task's loss by parameter, one dictionary a batch."""
-    if data is None or context.task is None:
+    if context.data is None or context.task is None:
         return []
-    module, found = network.module(), []
-    for inputs, labels in data.batches(64, shuffle=True, seed=context.seed, limit=64 * _GRADIENT_BATCHES):
-        module.zero_grad(set_to_none=True)
-        torch.autograd.backward(context.task.loss(call(module, inputs), labels))
-        found.append({
-            n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in module.named_parameters()
-        })  # fmt: skip
-    return found
+    drawn = context.data.batches(64, shuffle=True, seed=context.seed, limit=64 * _GRADIENT_BATCHES)
+    return gradients(network, drawn, context.task.loss)
