@@ -28,6 +28,7 @@ from penjing.training import Training, train
 
 #: A chain of layers is cut after this many with weights of two or more dimensions.
 _LAYERS = 2
+_FOLLOWING = (torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def find_blocks(network: Network) -> list[Block]:
 def _grouped(
     parts: Sequence[tuple[list[fx.Node], tuple[fx.Node, ...]]], trainable: set[str]
 ) -> list[tuple[list[fx.Node], tuple[fx.Node, ...]]]:
-    """Parts joined until each has enough layers; what has no layer (activations, pooling) goes with those before."""
+    """Parts joined until each has enough layers. What follows a layer entry by entry (norm, activation) stays with it;
+    anything else without a layer (pooling, reshaping) goes with what comes next, so that targets keep all they tell."""
 
     def layers(nodes: Sequence[fx.Node]) -> int:
         return sum(
@@ -90,12 +92,21 @@ def _grouped(
 
     joined: list[tuple[list[fx.Node], tuple[fx.Node, ...]]] = []
     for nodes, ends in parts:
-        small = bool(joined) and layers(joined[-1][0]) < _LAYERS and layers(nodes) < _LAYERS
-        if joined and (not layers(nodes) or small or not layers(joined[-1][0])):
+        here, before = layers(nodes), layers(joined[-1][0]) if joined else 0
+        behind = not here and all(_follows(n) for n in nodes)
+        if joined and (before == 0 or behind or 0 < here < _LAYERS and before < _LAYERS):
             joined[-1] = [*joined[-1][0], *nodes], ends
         else:
             joined.append((list(nodes), ends))
+    if len(joined) > 1 and not layers(joined[-1][0]):
+        nodes, ends = joined.pop()
+        joined[-1] = [*joined[-1][0], *nodes], ends
     return joined
+
+
+def _follows(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or node.target in _FOLLOWING
 
 
 def _is_matrix(node: fx.Node) -> bool:
@@ -204,12 +215,8 @@ def _module(block: Block, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     """A block as a module of its own, with copies of its weights."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    changed = {n.args[0] for n in block.nodes if _mutates(n)}
     for source in block.outside:
         copies[source] = graph.placeholder(source.name)
-    for source in block.outside:
-        if source in changed:  # the same samples come again: they must not be written over
-            copies[source] = graph.call_function(torch.ops.aten.clone.default, (copies[source],))
     for node in block.nodes:
         for source in node.all_input_nodes:
             if source not in copies and source.op == "get_attr":
@@ -221,11 +228,6 @@ def _module(block: Block, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
         for name, tensor in tensors.items()
     }
     return flat.build(graph, own)
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
 
 
 def _distance(got: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
