@@ -95,7 +95,9 @@ def test_a_bundle_opens_runs_and_gives_its_network_back(network: pj.Network, dat
     expected = network(x).numpy()
     assert torch.equal(bundle.network()(x), network(x))
     for runtime in ("onnxruntime", "openvino"):
-        session = RUNTIMES.get(runtime).load(bundle.artifact(runtime), Target(runtime=runtime, threads=1))
+        session = RUNTIMES.get(runtime).load(
+            bundle.artifact(runtime), Target(runtime=runtime, threads=1, precision="f32")
+        )
         (found,) = session.run({session.input_names[0]: x.numpy()})
         np.testing.assert_allclose(found, expected, atol=1e-5)
     with pytest.raises(InputError, match="has no file for torch"):

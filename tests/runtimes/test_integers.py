@@ -18,7 +18,7 @@ from penjing.data import Data
 from penjing.methods.quantize import Quantize
 from penjing.network import Network, QuantizeTensor
 from penjing.recipe import Context
-from penjing.runtimes import RUNTIMES, Executed
+from penjing.runtimes import RUNTIMES, Executed, Target
 
 Quantized = Callable[..., Network]
 INTEGERS = ("onnxruntime", "openvino")
@@ -144,7 +144,7 @@ def test_narrow_grids_keep_their_range(tmp_path: Path) -> None:
     network = network.apply([edit])
     for runtime in INTEGERS:
         artifact = RUNTIMES.get(runtime).export(network, tmp_path / f"{runtime}.onnx")
-        session = RUNTIMES.get(runtime).load(artifact.path)
+        session = RUNTIMES.get(runtime).load(artifact.path, Target(runtime=runtime, precision="f32"))
         x = np.linspace(-3, 3, 32, dtype=np.float32).reshape(4, 8)
         np.testing.assert_allclose(session.run({name: x})[0], network.run(torch.from_numpy(x))[0], atol=1e-5)
 
