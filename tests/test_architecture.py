@@ -152,6 +152,7 @@ def test_public_names() -> None:
         "Recipe",
         "Report",
         "Result",
+        "Sensitivity",
         "Step",
         "Target",
         "Task",
@@ -161,5 +162,6 @@ def test_public_names() -> None:
         "deploy",
         "evaluate",
         "pack",
+        "sensitivity",
         "unpack",
     }

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import TOLERANCE, Case, captured, distance, duplicated, masked, run
 
 from penjing.errors import EditError
 from penjing.network.channels.groups import analyse
@@ -15,10 +14,12 @@ from penjing.network.channels.labels import core
 from penjing.network.channels.resize import RESIZE
 from penjing.network.channels.rules import RULES, Call
 from penjing.network.channels.rules.elementwise import same
+from penjing.testing.oracles import TOLERANCE, Case, captured, distance, duplicated, inputs_of, masked, run
 
 
 def caught(name: str, heads: str = "heads") -> set[str]:
-    graph, example = captured(name)
+    network = captured(name)
+    graph, example = network.graph_module, inputs_of(network)
     found = set()
     try:
         case = Case(name, graph, example, analyse(graph, example, heads))  # type: ignore[arg-type]

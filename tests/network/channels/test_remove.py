@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import TOLERANCE, Case, case, distance, duplicated, larger, masked, removal, run
 from torch import nn
-from zoo import ZOO
 
 import penjing as pj
 from penjing.errors import EditError
 from penjing.network import graph as flat
 from penjing.network.channels.groups import analyse, kept_indices
 from penjing.network.channels.remove import remove
+from penjing.testing.networks import ZOO
+from penjing.testing.oracles import TOLERANCE, Case, case, distance, duplicated, larger, masked, removal, run
 
+QUICK = [name for name, architecture in ZOO.items() if architecture.quick]
 WITH_HEADS = ["vit", "swin", "bert", "gpt2", "llama", "qwen3", "t5_encoder", "fused_attention", "wav2vec2"]
 
 
@@ -29,7 +30,7 @@ def compare(case: Case, big: torch.fx.GraphModule, small: torch.fx.GraphModule) 
         )
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", QUICK)
 def test_shrunk_equals_masked(name: str) -> None:
     found = case(name)
     big, small = masked(found)
@@ -40,7 +41,7 @@ def test_shrunk_equals_masked(name: str) -> None:
     compare(found, big, small)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", QUICK)
 def test_shrunk_equals_duplicated(name: str) -> None:
     found = case(name)
     big, small = duplicated(found)

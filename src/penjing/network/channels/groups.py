@@ -52,9 +52,10 @@ class Group:
         size: the number of units.
         members: the dimensions of parameters concerned.
         inexact: the operator by which a statistic crosses these channels (`aten::layer_norm`), so that removing one
-            changes the
-            others; None where removing a unit is the same as setting it to zero.
+            changes the others; None where removing a unit is the same as setting it to zero.
         classes: `(units,)` the class number of every unit.
+        sums: the operator that sums over these channels without weights (a product of two activations), so that a
+            unit and its copy count twice; None where equal units may be replaced by one with larger weights behind it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Group:
     members: tuple[Member, ...]
     inexact: str | None
     classes: Ints
+    sums: str | None = None
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -226,10 +228,7 @@ def _build(tape: Tape, solution: Solution) -> tuple[Group, ...]:
     mixed = np.random.default_rng(0).integers(1, 2**62, len(tape.axes), dtype=np.int64)
     signature = np.add.reduceat(mixed[axis], starts)
     _, first, inverse = np.unique(signature, return_index=True, return_inverse=True)
-    crossing: dict[int, str] = {}
-    for operator, labels in tape.inexact:
-        for c in np.unique(solution.classes[labels]):
-            crossing.setdefault(int(c), operator)
+    crossing, sums = _by_class(solution, tape.inexact), _by_class(solution, tape.sums)
     sizes = np.diff(np.r_[starts, len(label)])
     groups, used = [], dict[str, int]()
     for kind in np.argsort(first):
@@ -240,7 +239,7 @@ def _build(tape: Tape, solution: Solution) -> tuple[Group, ...]:
         for a in dict.fromkeys(axis[rows[0]].tolist()):
             columns = np.flatnonzero(axis[rows[0]] == a)
             positions = label[rows[:, columns]]
-            found = tuple(role for role in _ROLES if roles[role][positions].any()) or ("other",)
+            found: tuple[Role, ...] = tuple(role for role in _ROLES if roles[role][positions].any()) or ("other",)
             found = found[:-1] if len(found) > 1 and found[-1] == "other" else found
             members.append(
                 Member(tape.axes[a].tensor, tape.axes[a].dim, positions - tape.axes[a].base, found[0], found)
@@ -249,11 +248,19 @@ def _build(tape: Tape, solution: Solution) -> tuple[Group, ...]:
         path = _layer(members[0].parameter)
         used[path] = used.get(path, 0) + 1
         classes = owner[starts[units]]
-        inexact = next((crossing[int(c)] for c in classes if int(c) in crossing), None)
-        groups.append(
-            Group(path if used[path] == 1 else f"{path}#{used[path]}", len(units), tuple(members), inexact, classes)
-        )
+        inexact, summed = (next((table[c] for c in classes.tolist() if c in table), None) for table in (crossing, sums))
+        numbered = path if used[path] == 1 else f"{path}#{used[path]}"
+        groups.append(Group(numbered, len(units), tuple(members), inexact, classes, summed))
     return tuple(groups)
+
+
+def _by_class(solution: Solution, noted: Sequence[tuple[str, Ints]]) -> dict[int, str]:
+    """The first operator noted for every class."""
+    found: dict[int, str] = {}
+    for operator, labels in noted:
+        for c in np.unique(solution.classes[labels]).tolist():
+            found.setdefault(c, operator)
+    return found
 
 
 def _explain(tape: Tape, solution: Solution) -> tuple[Pinned, ...]:

@@ -142,6 +142,7 @@ class Tape:
     heads: list[Heads] = field(default_factory=list)
     roles: list[tuple[Role, NDArray[np.int64]]] = field(default_factory=list)
     inexact: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
+    sums: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
     values: dict[str, tuple[tuple[int, ...], NDArray[np.int64]]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _slots: dict[str, Slots] = field(default_factory=dict)
@@ -257,6 +258,10 @@ class Tape:
     def crossed(self, operator: str, labels: Tensor) -> None:
         """Note that a statistic over these channels enters what the others compute."""
         self.inexact.append((operator, torch.unique(core(labels)).numpy()))
+
+    def summed(self, operator: str, labels: Tensor) -> None:
+        """Note that these channels are summed up without weights, so that a channel and its copy count twice."""
+        self.sums.append((operator, torch.unique(core(labels)).numpy()))
 
     # the algebra the rules share --------------------------------------------------------------------------------------
     def reduce(self, labels: Tensor, dims: Sequence[int]) -> Tensor:

@@ -110,6 +110,7 @@ def _activations(call: Call, x: Tensor, xl: str, y: Tensor, yl: str, out: str, s
         c = order[d]
         if c in over["x"] and c in over["y"]:
             tape.union(core(x), core(y))
+            tape.summed(call.name, x)
         elif c in over["x"] or c in over["y"]:
             call.pin(x if c in over["x"] else y, f"{call.name} sums over channels of one side only")
     summed = list(range(len(out), len(order)))

@@ -101,6 +101,7 @@ def same(call: Call) -> Any:
     if isinstance(labels, Tensor) and "dim" in call.values and isinstance(call.values["dim"], int):
         if call.values["dim"] % max(1, labels.dim()) in varying(labels):
             call.tape.crossed(call.name, labels)
+            call.tape.summed(call.name, labels)
     if isinstance(labels, Slots):
         result: Labels = Slots(tuple(first.shape), labels.layers)
     else:
@@ -223,8 +224,10 @@ def reduction(call: Call) -> Any:
             isinstance(call.result, tuple) and "mean" not in call.name
         ):
             return opaque(call)  # the number of a channel is a result
-        if call.name != "aten::sum":
+        if call.name not in _SUMS or call.values.get("ord") not in (None, 1, 2):
             call.tape.crossed(call.name, labels)
+        if call.name not in _COUNTED_ONCE:
+            call.tape.summed(call.name, labels)
     reduced = call.tape.reduce(labels, dims)
     for d in sorted(dims, reverse=True):
         reduced = reduced.squeeze(d)
@@ -234,6 +237,11 @@ def reduction(call: Call) -> Any:
             reduced = reduced.unsqueeze(d)
     reduced = reduced.expand(first.shape)
     return tuple(reduced for _ in call.result) if isinstance(call.result, tuple) else reduced
+
+
+#: Reductions to which a zero adds nothing, and those to which a copy of every value adds nothing.
+_SUMS = ("aten::sum", "aten::nansum", "aten::norm", "aten::linalg_vector_norm", "aten::any", "aten::count_nonzero")
+_COUNTED_ONCE = ("aten::mean", "aten::amax", "aten::amin", "aten::max", "aten::min", "aten::any", "aten::all")
 
 
 def _dims(call: Call, ndim: int) -> list[int]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo_base import IMAGE, entry
+
+from penjing.testing.networks.base import IMAGE, Made, entry
 
 
 def conv(i: int, o: int, **more: Any) -> nn.Sequential:
@@ -32,8 +33,8 @@ class Residual(nn.Module):
         return F.relu(x + self.body(x))
 
 
-@entry
-def residual():
+@entry("joins", quick=True)
+def residual() -> Made:
     return Head(8, conv(3, 8), Residual(conv(8, 6), nn.Conv2d(6, 8, 1)), Residual(conv(8, 8), conv(8, 8))), (
         torch.randn(IMAGE),
     )
@@ -51,8 +52,8 @@ class PaddedShortcut(nn.Module):
         return self.head(F.adaptive_avg_pool2d(self.b(self.a(x)) + short, 1).flatten(1))
 
 
-@entry
-def padded_shortcut():
+@entry("joins", quick=True)
+def padded_shortcut() -> Made:
     return PaddedShortcut(), (torch.randn(IMAGE),)
 
 
@@ -72,8 +73,8 @@ class Dense(nn.Module):
         return self.head(F.avg_pool2d(x, 4).flatten(1))
 
 
-@entry
-def densenet():
+@entry("joins", quick=True)
+def densenet() -> Made:
     return Dense(), (torch.randn(IMAGE),)
 
 
@@ -87,8 +88,8 @@ class Shared(nn.Module):
         return self.head(F.gelu(self.shared(F.gelu(self.shared(x)))))
 
 
-@entry
-def shared_weights():
+@entry("joins", quick=True)
+def shared_weights() -> Made:
     return Shared(), (torch.randn(2, 6),)
 
 
@@ -102,13 +103,13 @@ class Tied(nn.Module):
         return (e + self.out(F.gelu(self.mix(e)))) @ self.table.weight.t()
 
 
-@entry
-def tied_embedding():
+@entry("joins", quick=True)
+def tied_embedding() -> Made:
     return Tied(), (torch.randint(0, 30, (2, 5)),)
 
 
-@entry
-def grouped():
+@entry("joins", quick=True)
+def grouped() -> Made:
     return Head(
         12, conv(3, 16), conv(16, 16, groups=4), conv(16, 16, groups=16), nn.Conv2d(16, 32, 3, groups=16), conv(32, 12)
     ), (torch.randn(IMAGE),)
@@ -131,8 +132,8 @@ class ShuffleUnit(nn.Module):
         return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
-@entry
-def shufflenet():
+@entry("joins", quick=True)
+def shufflenet() -> Made:
     return Head(16, conv(3, 16), ShuffleUnit(16), ShuffleUnit(16), conv(16, 16)), (torch.randn(IMAGE),)
 
 
@@ -145,8 +146,8 @@ class Gate(nn.Module):
         return x * torch.sigmoid(self.excite(F.silu(self.squeeze(x.mean((2, 3), keepdim=True)))))
 
 
-@entry
-def squeeze_excite():
+@entry("joins", quick=True)
+def squeeze_excite() -> Made:
     return Head(8, conv(3, 8), Gate(8), conv(8, 8), Gate(8)), (torch.randn(IMAGE),)
 
 
@@ -159,8 +160,8 @@ class SpatialGate(nn.Module):
         return x * torch.sigmoid(self.gate(x))
 
 
-@entry
-def spatial_gate():
+@entry("joins", quick=True)
+def spatial_gate() -> Made:
     return Head(8, conv(3, 8), SpatialGate(8), conv(8, 8)), (torch.randn(IMAGE),)
 
 
@@ -180,13 +181,13 @@ class UNet(nn.Module):
         return self.out(self.d2(torch.cat([self.up2(x), a], 1)))
 
 
-@entry
-def unet():
+@entry("joins", quick=True)
+def unet() -> Made:
     return UNet(), (torch.randn(IMAGE),)
 
 
-@entry
-def generator():
+@entry("joins", quick=True)
+def generator() -> Made:
     return nn.Sequential(
         nn.Linear(6, 16 * 4),
         nn.Unflatten(1, (16, 2, 2)),
@@ -203,8 +204,8 @@ def generator():
     ), (torch.randn(2, 6),)
 
 
-@entry
-def pixel_shuffle():
+@entry("joins", quick=True)
+def pixel_shuffle() -> Made:
     return nn.Sequential(
         conv(3, 8),
         nn.Conv2d(8, 24, 3, padding=1),
@@ -227,20 +228,20 @@ class Split(nn.Module):
         return self.head(self.last(torch.cat([p, self.a(q), self.b(p[:, :] * r)], 1)).amax((2, 3)))
 
 
-@entry
-def channel_split():
+@entry("joins", quick=True)
+def channel_split() -> Made:
     return Split(), (torch.randn(IMAGE),)
 
 
-@entry
-def gated_linear():
+@entry("joins", quick=True)
+def gated_linear() -> Made:
     return nn.Sequential(nn.Linear(6, 16), nn.GLU(), nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3)), (
         torch.randn(2, 6),
     )
 
 
-@entry
-def group_norm():
+@entry("joins", quick=True)
+def group_norm() -> Made:
     return Head(
         8,
         nn.Conv2d(3, 16, 3),
@@ -254,8 +255,8 @@ def group_norm():
     ), (torch.randn(IMAGE),)
 
 
-@entry
-def conv1d_3d():
+@entry("joins", quick=True)
+def conv1d_3d() -> Made:
     return nn.Sequential(
         nn.Conv1d(3, 8, 3),
         nn.BatchNorm1d(8),
@@ -267,8 +268,8 @@ def conv1d_3d():
     ), (torch.randn(2, 3, 14),)
 
 
-@entry
-def weight_norm():
+@entry("joins", quick=True)
+def weight_norm() -> Made:
     return nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)),
         nn.Tanh(),
@@ -300,13 +301,13 @@ class Attention(nn.Module):
         return self.head(x + self.out((weights @ v).transpose(1, 2).reshape(n, t, c)))
 
 
-@entry
-def fused_attention():
+@entry("joins", quick=True)
+def fused_attention() -> Made:
     return Attention(), (torch.randn(2, 5, 6),)
 
 
-@entry
-def single_head_attention():
+@entry("joins", quick=True)
+def single_head_attention() -> Made:
     return Attention(1), (torch.randn(2, 5, 6),)
 
 
@@ -324,8 +325,8 @@ class MultiHead(nn.Module):
         return self.head(x + self.attend(x, x, x, need_weights=False)[0])
 
 
-@entry
-def multihead_attention():
+@entry("joins", quick=True)
+def multihead_attention() -> Made:
     return MultiHead(), (torch.randn(2, 5, 6),)
 
 
@@ -342,8 +343,8 @@ class Mixer(nn.Module):
         return self.head((x + self.channels(x)).mean(1))
 
 
-@entry
-def mixer():
+@entry("joins", quick=True)
+def mixer() -> Made:
     return Mixer(), (torch.randn(2, 5, 6),)
 
 
@@ -361,6 +362,6 @@ class ChannelAndSpatialGate(nn.Module):
         return self.head(self.slope(self.b(x)).mean((2, 3)))
 
 
-@entry
-def cbam():
+@entry("joins", quick=True)
+def cbam() -> Made:
     return ChannelAndSpatialGate(), (torch.randn(IMAGE),)
