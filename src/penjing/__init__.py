@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from penjing.compression import Result, compress
     from penjing.deployment import Bundle, deploy, pack, unpack
     from penjing.errors import PenjingError
-    from penjing.evaluation import Report, evaluate
+    from penjing.evaluation import Report, Sensitivity, evaluate, sensitivity
     from penjing.methods import Finetune, Plan, PruneChannels, Quantize, Recipe, Step
     from penjing.network import Network, capture
     from penjing.runtimes import Target
@@ -28,6 +28,7 @@ _HOMES = {
     "Recipe": "penjing.methods",
     "Report": "penjing.evaluation",
     "Result": "penjing.compression",
+    "Sensitivity": "penjing.evaluation",
     "Step": "penjing.methods",
     "Target": "penjing.runtimes",
     "Task": "penjing.task",
@@ -36,6 +37,7 @@ _HOMES = {
     "deploy": "penjing.deployment",
     "evaluate": "penjing.evaluation",
     "pack": "penjing.deployment",
+    "sensitivity": "penjing.evaluation",
     "unpack": "penjing.deployment",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Result",
+    "Sensitivity",
     "Step",
     "Target",
     "Task",
@@ -59,6 +62,7 @@ __all__ = [
     "deploy",
     "evaluate",
     "pack",
+    "sensitivity",
     "unpack",
 ]
 

@@ -110,7 +110,8 @@ class Constraint:
         if self.relative and value is not None:
             before = _read(self.quantity, reference or {})
             value = None if before is None else self._against(value, before, result)
-        met = value is not None and (value <= self.limit if self.at_most else value >= self.limit)
+        slack = 1e-9 * max(1.0, abs(self.limit))  # 0.92 - 0.93 is a little below -0.01
+        met = value is not None and (value <= self.limit + slack if self.at_most else value >= self.limit - slack)
         return {"text": self.text, "value": value, "limit": self.limit, "met": met}
 
     def _against(self, value: float, before: float, result: Mapping[str, Any]) -> float | None:

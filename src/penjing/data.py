@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from penjing.errors import DataError, InputError, MissingExtraError, PenjingError
 from penjing.network.source import line_of, load_callable
@@ -91,6 +99,54 @@ class Data:
         """The inputs of the first samples, as example inputs for `capture`."""
         inputs, _ = next(self.batches(samples, limit=samples))
         return inputs if isinstance(inputs, tuple | dict) else (inputs,)
+
+    def split(self, shares: Sequence[float], *, seed: int = 0) -> Iterator[tuple[Data, Data]]:
+        """For each of `shares`: (all the other samples, this share of the samples). The shares are disjoint.
+
+        Which samples are where is drawn by `seed`; their order stays. Datasets and DataLoaders are split by samples,
+        iterables of batches by batches if there are enough, and those are kept in memory. Raises DataError when there
+        are too few.
+        """
+        count, pick = self._picking(shares)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        edges = [round(sum(shares[:i]) * count) for i in range(len(shares) + 1)]
+        for start, end in itertools.pairwise(edges):
+            if not 0 < end - start < count:
+                raise DataError(
+                    f"{count} samples are too few to hold {shares[0]:.0%} of them out", hint="give more samples"
+                )
+            chosen = torch.zeros(count, dtype=torch.bool)
+            chosen[order[start:end]] = True
+            yield Data(pick(torch.nonzero(~chosen).flatten())), Data(pick(torch.nonzero(chosen).flatten()))
+
+    def _picking(self, shares: Sequence[float]) -> tuple[int, Callable[[Tensor], Any]]:
+        """How many samples (or batches) there are, and what makes a source of some of them."""
+        source = self._source
+        if isinstance(source, TensorDataset):
+            return len(source), lambda i: TensorDataset(*(t[i] for t in source.tensors))
+        if isinstance(source, Dataset) and _length(source) is not None:
+            return len(source), lambda i: Subset(source, i.tolist())  # type: ignore[arg-type]
+        if isinstance(source, DataLoader) and source.batch_size is not None and _length(source.dataset) is not None:
+            return len(source.dataset), lambda i: DataLoader(  # type: ignore[arg-type]
+                Subset(source.dataset, i.tolist()),
+                source.batch_size,
+                shuffle=isinstance(source.sampler, RandomSampler),
+                collate_fn=source.collate_fn,
+                num_workers=source.num_workers,
+                drop_last=source.drop_last,
+            )
+        batches = list(self.batches(1))
+        if len(batches) * min(shares) >= 1:
+            return len(batches), lambda i: [batches[n] for n in i]
+        sizes = [_batch_size(inputs) for inputs, _ in batches]
+
+        def samples(index: Tensor) -> list[tuple[Any, Any]]:
+            chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+            chosen[index] = True
+            parts = zip(batches, torch.split(chosen, sizes), strict=True)
+            return [(_masked(x, mask), _masked(y, mask)) for (x, y), mask in parts if mask.any()]
+
+        return sum(sizes), samples
 
     def _raw(self, batch_size: int, shuffle: bool, seed: int) -> Iterator[Any]:
         source = self._source
@@ -219,6 +275,14 @@ def _take(value: Any, count: int) -> Any:
     if isinstance(value, tuple):
         return tuple(_take(v, count) for v in value)
     return value[:count] if isinstance(value, Tensor) else value
+
+
+def _masked(value: Any, chosen: Tensor) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _masked(v, chosen) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_masked(v, chosen) for v in value)
+    return value[chosen] if isinstance(value, Tensor) else value
 
 
 def _check(inputs: Any, seen: int) -> None:

@@ -80,14 +80,14 @@ def score(
     with progress.task("measuring on " + _words(len(runs), "session"), total) as advance:
         for inputs, labels in data.batches(_batch(network, batch_size), limit=limit):
             start = seen
-            for bound, part_labels, n in _parts(network, inputs, labels):
+            for bound, part_labels, n in pieces(network, inputs, labels):
                 arrays = {name: tensor.detach().cpu().numpy() for name, tensor in bound.items()}
                 outputs = {name: _checked(run(arrays), name, network, seen, n) for name, run in runs.items()}
                 against = outputs[reference] if reference else _own(network, bound, n)
                 for name, found in outputs.items():
                     collected[name].fidelity.append(compare_outputs(against, found, names=network.output_names))
                     if task is not None:
-                        collected[name].scores.append(_scores(task, network, found, part_labels, n))
+                        collected[name].scores.append(scores_of(task, network, found, part_labels, n))
                 seen += n
                 advance(n)
             if seen_data is not None:
@@ -120,7 +120,7 @@ def fit_batch(network: Network, bound: Mapping[str, Tensor], batch: int) -> dict
     }
 
 
-def _parts(network: Network, inputs: Any, labels: Any) -> Iterator[tuple[dict[str, Tensor], Any, int]]:
+def pieces(network: Network, inputs: Any, labels: Any) -> Iterator[tuple[dict[str, Tensor], Any, int]]:
     """Pieces that the network can run: (inputs, labels, number of true samples)."""
     if network.batch_is_dynamic:
         bound = network.bind(inputs)
@@ -194,7 +194,7 @@ def _own(network: Network, bound: Mapping[str, Tensor], n: int) -> list[NDArray[
     ]
 
 
-def _scores(task: Task, network: Network, outputs: list[NDArray[Any]], labels: Any, n: int) -> Scores:
+def scores_of(task: Task, network: Network, outputs: list[NDArray[Any]], labels: Any, n: int) -> Scores:
     tensors = [torch.from_numpy(np.array(output)) for output in outputs]
     structured = substitute(network.structure_out, dict(zip(network.output_names, tensors, strict=True)))
     if labels is None:
