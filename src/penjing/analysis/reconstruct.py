@@ -60,6 +60,11 @@ class Layer:
         return self.norm or self.node
 
 
+#: What finds a layer's weights (G, O, D): given the layer, the moments of its inputs and targets, the weights it has
+#: (as the norm behind scales them), and whether it has a constant (which is then returned as well).
+Solve = Callable[[Layer, Moments, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
 @dataclass(frozen=True)
 class Refit:
     """New `tensors` by name, and for each refitted weight its output error before and after, relative to the target."""
@@ -120,14 +125,18 @@ def reconstruct(
     *,
     only: Collection[str] | None = None,
     damping: float = 1e-3,
+    solve: Solve | None = None,
+    work: float = _WORK,
     progress: Progress = SILENT,
 ) -> Refit:
     """Refit the layers of `pruned` whose weights are named in `only` (None: every layer) so that it answers as
     `original`.
 
     `kept` tells which indices of the original's tensors are left, `batches` are bound inputs. Nothing is changed: the
-    new values are returned.
+    new values are returned. `solve` finds the weights (None: damped least squares); `work` bounds the multiply-
+    accumulates that go into a layer's moments.
     """
+    solve = solve or (lambda layer, moments, start, bias: refit(moments, start, bias=bias, damping=damping))
     layers = [layer for layer in find_layers(pruned) if only is None or layer.weight in only]
     ancestors = _ancestors(pruned.graph_module.graph)
     originals = {n.name: n for n in original.graph_module.graph.nodes}
@@ -138,13 +147,15 @@ def reconstruct(
     result = Refit()
     unfitted = {layer.node for layer in layers}
     with progress.task("reconstructing layers", len(layers)) as advance:
-        for layer in layers:
+        for place, layer in enumerate(layers):
             unfitted.discard(layer.node)
             shortcut = layer.shortcut
             # A shortcut that is itself still to be fitted is no basis yet: that layer will see the whole sum instead.
             if shortcut is not None and (({shortcut} | ancestors[shortcut]) & (unfitted | {layer.node})):
                 shortcut = None
-            _fit(layer, shortcut, wanted, given, kept, result, damping)
+            _fit(layer, shortcut, wanted, given, kept, result, solve, work)
+            if layer.total is not None and all(other.total is not layer.total for other in layers[place + 1 :]):
+                wanted.release(layer.total.name)
             advance(1)
     return result
 
@@ -157,7 +168,14 @@ def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 
 
 def _fit(
-    layer: Layer, shortcut: fx.Node | None, wanted: Lane, given: Lane, kept: Kept, result: Refit, damping: float
+    layer: Layer,
+    shortcut: fx.Node | None,
+    wanted: Lane,
+    given: Lane,
+    kept: Kept,
+    result: Refit,
+    solve: Solve,
+    work: float,
 ) -> None:
     weight = given.tensors[layer.weight].detach()
     groups = layer.groups
@@ -171,7 +189,7 @@ def _fit(
     others = given.value(shortcut.name) if shortcut is not None else [None] * len(inputs)
     axis = 1 if layer.convolution else -1
     moments = Moments(groups, weight[0].numel(), weight.shape[0] // groups)
-    limit = rows_wanted(weight.shape, groups) // len(inputs) + 1
+    limit = rows_wanted(weight.shape, groups, work) // len(inputs) + 1
     generator = torch.Generator().manual_seed(0)
     for x, want, other in zip(inputs, wants, others, strict=True):
         target = want if rows_kept is None else want.index_select(axis, rows_kept)
@@ -179,7 +197,7 @@ def _fit(
         moments.add(*as_rows(layer, weight.shape, x, target, groups, limit, generator))
     scale = norm_scale(layer, given.tensors)
     start = (weight.flatten(1).double() * scale[:, None]).view(groups, -1, weight[0].numel())
-    fitted, constant = refit(moments, start, bias=layer.bias is not None or layer.norm is not None, damping=damping)
+    fitted, constant = solve(layer, moments, start, layer.bias is not None or layer.norm is not None)
     result.errors[layer.weight] = (_relative_error(moments, start), _relative_error(moments, fitted))
     new = _tensors_of(layer, given, moments, fitted, constant, weight)
     result.tensors.update(new)
@@ -187,10 +205,10 @@ def _fit(
     wanted.release(layer.end.name)
 
 
-def rows_wanted(shape: torch.Size, groups: int) -> int:
+def rows_wanted(shape: torch.Size, groups: int, work: float = _WORK) -> int:
     """How many rows of inputs are enough to fit a weight of `shape`."""
     columns = shape[1:].numel()
-    return max(16 * columns, int(_WORK / (columns**2 * groups)))
+    return max(16 * columns, int(work / (columns**2 * groups)))
 
 
 def as_rows(

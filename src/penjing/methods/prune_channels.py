@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from penjing.analysis.blockwise import optimise_blocks
+from penjing.analysis.costs import exact_costs, stored_bytes
 from penjing.analysis.footprint import Footprint, footprint
 from penjing.analysis.gradients import gradients
 from penjing.analysis.ranking import Ranked, rank
@@ -33,19 +34,21 @@ class PruneChannels(Step):
     """Remove the channels that matter least, with everything that is coupled to them.
 
     How many: `ratio` of every group's units go (0.5 if nothing is said), or as many as it takes for the network's
-    multiply-accumulates (`keep_macs`) or parameters (`keep_params`) to fall to that share of now; both may be given,
-    and both then hold. With samples a group loses the less the more the outputs suffer from losing half of it;
-    without, all groups lose the same share. Which: `criterion`, any of `penjing.tensors.criteria`
-    ("obs": what the layers behind can do without, judged on samples). With `reconstruct` and samples, the layers that
-    lost inputs are refitted, without labels (`penjing.analysis.reconstruct`); `reconstruct="blockwise"` then trains
-    block after block, `block_steps` steps each at the rate `block_lr`, towards what the original gives there
-    (`penjing.analysis.blockwise`). Counts are rounded up to multiples of `round_to`; `min_channels` stay everywhere.
-    `where` selects the layers that make the channels; a group is touched only if all of its makers are selected.
+    multiply-accumulates (`keep_macs`), parameters (`keep_params`) or stored bytes (`keep_bytes`; above 1 it is their
+    number) to fall to that share of now; all that are given hold. With samples a group loses the less the more the
+    outputs suffer from losing half of it; without, all groups lose the same share. Which: `criterion`, any of
+    `penjing.tensors.criteria` ("obs": what the layers behind can do without, judged on samples). With `reconstruct` and
+    samples, the layers that lost inputs are refitted, without labels (`penjing.analysis.reconstruct`);
+    `reconstruct="blockwise"` then trains block after block, `block_steps` steps each at the rate `block_lr`, towards
+    what the original gives there (`penjing.analysis.blockwise`). Counts are rounded up to multiples of `round_to`;
+    `min_channels` stay everywhere. `where` selects the layers that make the channels; a group is touched only if all of
+    its makers are selected.
     """
 
     ratio: float | None = None
     keep_macs: float | None = None
     keep_params: float | None = None
+    keep_bytes: float | None = None
     criterion: str = "l2"
     reconstruct: bool | str = True
     round_to: int | None = None
@@ -58,11 +61,11 @@ class PruneChannels(Step):
         self.require_between("ratio", 0, 1, open_high=True)
         for field in ("keep_macs", "keep_params"):
             self.require_between(field, 0, 1, open_low=True)
-        if self.ratio is not None and (self.keep_macs is not None or self.keep_params is not None):
-            other = "keep_macs" if self.keep_macs is not None else "keep_params"
+        self.require_between("keep_bytes", 0, float("inf"), open_low=True)
+        if self.ratio is not None and self._budgets:
             raise RecipeError(
-                f"PruneChannels takes either ratio or {other}, got both",
-                hint="ratio is the share of channels that goes; keep_macs and keep_params are shares that stay",
+                f"PruneChannels takes either ratio or {self._budgets[0]}, got both",
+                hint="ratio is the share of channels that goes; keep_… are shares that stay",
             )
         self.require_one_of("criterion", CRITERIA.names())
         self.require_between("round_to", 1, float("inf"))
@@ -93,7 +96,7 @@ class PruneChannels(Step):
             )
         size = footprint(network)
         batches = self._samples(network, context, size, notes)
-        by_cost = self.keep_macs is not None or self.keep_params is not None
+        by_cost = bool(self._budgets)
         ranked = rank(
             network,
             groups,
@@ -141,11 +144,17 @@ class PruneChannels(Step):
         bound = (network.bind(inputs) for inputs, _ in drawn)
         return [b for b in bound if fixed is None or b[network.inputs[0].name].shape[0] == fixed]
 
+    @property
+    def _budgets(self) -> list[str]:
+        return [f for f in ("keep_macs", "keep_params", "keep_bytes") if getattr(self, f) is not None]
+
     def _shrink(self, network: Network, ranked: Sequence[Ranked], size: Footprint) -> Shrunk:
-        shares = (("macs", self.keep_macs, size.macs), ("parameters", self.keep_params, size.parameters))
-        asked = [(what, share * whole) for what, share, whole in shares if share is not None]
-        if asked:
-            return shrink_to(network, ranked, size, asked, self.round_to, self.min_channels)
+        asked = {"macs": self.keep_macs, "parameters": self.keep_params, "bytes": self.keep_bytes}
+        wholes = {"macs": size.macs, "parameters": size.parameters, "bytes": stored_bytes(network)}
+        limits = {w: keep * (wholes[w] if keep <= 1 else 1) for w, keep in asked.items() if keep is not None}
+        if limits:
+            costs = exact_costs(network, [r.group for r in ranked], size, limits)
+            return shrink_to(network, ranked, costs, self.round_to, self.min_channels)
         ratio = 0.5 if self.ratio is None else self.ratio
         return shrink_evenly(network, ranked, ratio, self.round_to, self.min_channels)
 

@@ -9,7 +9,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from penjing.errors import RecipeError
 from penjing.registry import Registry, did_you_mean
@@ -31,6 +31,11 @@ class Step(ABC):
     excludes.
     """
 
+    #: The fields that say how much goes, each with what its number counts: "zero" the share that is zero afterwards,
+    #: earlier zeros with it; "goes" the share that goes of what is there; "macs", "parameters" the share of the
+    #: footprint's count that stays, and "stays" that of anything else. Schedules and searches turn these.
+    amounts: ClassVar[Mapping[str, str]] = {}
+
     where: str | list[str] = "*"
 
     def check(self, context: Context) -> None:  # noqa: B027  most Steps need nothing
@@ -48,8 +53,40 @@ class Step(ABC):
         return type(self).__name__
 
     def settings(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as plain data."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
+        """The fields that differ from their defaults, as plain data; a Step in a field is {name: its settings}."""
+        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
+        return {k: {v.name: v.settings()} if isinstance(v, Step) else v for k, v in held.items()}
+
+    def share(self) -> float | None:
+        """How much this Step takes away, as a share between 0 and 1: the largest of its `amounts`; None if none is set.
+
+        `PruneChannels(keep_macs=0.3)` takes 0.7 of the multiply-accumulates away.
+        """
+        return max(self._going().values(), default=None)
+
+    def taking(self, share: float, *, before: float = 0.0, left: Mapping[str, float] | None = None) -> Self:
+        """This Step set to take `share` away, all its `amounts` in proportion.
+
+        In a schedule, `before` is what an earlier `taking` of the same Step took from the network as it was at the
+        start, and `left` the measured shares ("macs", "parameters") that it still has; `share` is then of the start,
+        too.
+        """
+        whole = self.share()
+        if not whole:
+            raise RecipeError(f"{self.name} does not say how much to take away", hint=_how_to_say(type(self)))
+        if share == whole and not before:
+            return self
+        changed: dict[str, Any] = {}
+        for field, most in self._going().items():
+            counts = self.amounts[field]
+            goes, gone = most * share / whole, most * before / whole
+            stays = min(1.0, (1 - goes) / max((left or {}).get(counts, 1 - gone), 1e-12))
+            changed[field] = goes if counts == "zero" else 1 - stays if counts == "goes" else stays
+        return dataclasses.replace(self, **changed)
+
+    def _going(self) -> dict[str, float]:
+        held = {f: (getattr(self, f), counts) for f, counts in self.amounts.items()}
+        return {f: v if counts in ("zero", "goes") else 1 - v for f, (v, counts) in held.items() if v is not None}
 
     def require_between(
         self, field: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
@@ -86,6 +123,25 @@ class Step(ABC):
                 f"{self.name}.{field} must be one of {', '.join(words)}, got {value!r}",
                 hint=did_you_mean(str(value), words),
             )
+
+    def require_share(self, field: str) -> None:
+        """Raises unless the field holds a Step that says how much it takes away."""
+        inner = getattr(self, field)
+        able = ", ".join(n for n in STEPS if STEPS.get(n).amounts)
+        if isinstance(inner, Step) and inner.share():
+            return
+        if isinstance(inner, Step) and inner.amounts:
+            raise RecipeError(
+                f"{self.name}.{field} must say how much {inner.name} takes away", hint=_how_to_say(type(inner))
+            )
+        got = inner.name if isinstance(inner, Step) else repr(inner)
+        raise RecipeError(
+            f"{self.name}.{field} must be a Step that takes something away, got {got}", hint=f"one of {able}"
+        )
+
+
+def _how_to_say(kind: type[Step]) -> str:
+    return f"set {' or '.join(kind.amounts)}" if kind.amounts else f"{kind.__name__} has no field for that"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -125,6 +181,7 @@ def matches(where: str | Sequence[str], name: str) -> bool:
 
 
 def step_from(row: Any, place: str) -> Step:
+    """The Step in plain data: its name, or {name: fields}; raises RecipeError that begins with `place`."""
     if isinstance(row, str):
         row = {row: {}}
     if not isinstance(row, Mapping) or len(row) != 1:
@@ -133,16 +190,27 @@ def step_from(row: Any, place: str) -> Step:
     fields = {} if fields is None else fields
     if not isinstance(fields, Mapping):
         raise RecipeError(f"{place}: the fields of {name} must be a mapping, got {fields!r}")
-    kind = STEPS.get(str(name))
+    try:
+        kind = STEPS.get(str(name))
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error.message}", hint=error.hint) from error
     types_of = _field_types(kind)
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in fields and _default(f) is dataclasses.MISSING]
+    built: dict[str, Any] = {}
     for field, value in fields.items():
         if field not in types_of:
             raise RecipeError(f"{place}: {name} has no field '{field}'", hint=did_you_mean(str(field), types_of))
+        if _takes_a_step(types_of[field]) and isinstance(value, str | Mapping):
+            built[field] = step_from(value, f"{place}: {name}.{field}")
+            continue
+        built[field] = value
         if not _fits(value, types_of[field]):
             wanted = str(types_of[field]).replace("<class '", "").replace("'>", "").replace(" | None", " or nothing")
             raise RecipeError(f"{place}: {name}.{field} must be {wanted}, got {value!r}")
+    if missing:
+        raise RecipeError(f"{place}: {name} needs the field '{missing[0]}'", hint=f"its fields: {', '.join(types_of)}")
     try:
-        return kind(**fields)
+        return kind(**built)
     except RecipeError as error:
         raise RecipeError(f"{place}: {error.message}", hint=error.hint) from error
 
@@ -150,6 +218,10 @@ def step_from(row: Any, place: str) -> Step:
 def _field_types(kind: type[Step]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _takes_a_step(wanted: Any) -> bool:
+    return wanted is Step or Step in typing.get_args(wanted)
 
 
 def _fits(value: Any, wanted: Any) -> bool:
