@@ -148,6 +148,7 @@ def test_public_names() -> None:
         "PenjingError",
         "Plan",
         "PruneChannels",
+        "PruneWeights",
         "Quantize",
         "Recipe",
         "Report",

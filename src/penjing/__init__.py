@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from penjing.deployment import Bundle, deploy, pack, unpack
     from penjing.errors import PenjingError
     from penjing.evaluation import Report, Sensitivity, evaluate, sensitivity
-    from penjing.methods import Finetune, Plan, PruneChannels, Quantize, Recipe, Step
+    from penjing.methods import Finetune, Plan, PruneChannels, PruneWeights, Quantize, Recipe, Step
     from penjing.network import Network, capture
     from penjing.runtimes import Target
     from penjing.task import Task
@@ -24,6 +24,7 @@ _HOMES = {
     "PenjingError": "penjing.errors",
     "Plan": "penjing.methods",
     "PruneChannels": "penjing.methods",
+    "PruneWeights": "penjing.methods",
     "Quantize": "penjing.methods",
     "Recipe": "penjing.methods",
     "Report": "penjing.evaluation",
@@ -48,6 +49,7 @@ __all__ = [
     "PenjingError",
     "Plan",
     "PruneChannels",
+    "PruneWeights",
     "Quantize",
     "Recipe",
     "Report",

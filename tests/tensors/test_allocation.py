@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from penjing.tensors.allocation import CostModel, Share, greedy, refill, rounded, uniform
+from penjing.tensors.allocation import CostModel, Share, along_curves, greedy, refill, rounded, uniform
 
 SIZES = {"a": 16, "b": 32}
 
@@ -88,3 +88,16 @@ def test_what_a_large_unit_saved_too_much_is_given_back(round_to: int | None) ->
         more = min(kept[group] + (round_to or 1), sizes[group])
         assert more == kept[group] or not fits({**kept, group: more}), group
     assert refill(sizes, kept, curves, limits, round_to) == kept
+
+
+def test_curves_are_followed_where_they_are_flattest() -> None:
+    curves = {"steep": [(0, 0.0), (5, 5.0), (10, 20.0)], "flat": [(0, 0.0), (5, 0.1), (8, 0.2), (10, 50.0)]}
+    assert along_curves(curves, 8) == {"steep": 0, "flat": 8}
+    assert along_curves(curves, 11) == {"steep": 3, "flat": 8}
+    assert along_curves(curves, 20) == {"steep": 10, "flat": 10}
+    assert along_curves(curves, 0) == {"steep": 0, "flat": 0}
+
+
+def test_a_dent_in_a_curve_is_bridged() -> None:
+    curves = {"dented": [(5, 10.0), (10, 10.5)], "even": [(10, 15.0)]}
+    assert along_curves(curves, 10) == {"dented": 10, "even": 0}

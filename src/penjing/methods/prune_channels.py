@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ class PruneChannels(Step):
     `min_channels` stay everywhere. `where` selects the layers that make the channels; a group is touched only if all of
     its makers are selected.
     """
+
+    amounts: ClassVar[Mapping[str, str]] = {
+        "ratio": "goes",
+        "keep_macs": "macs",
+        "keep_params": "parameters",
+        "keep_bytes": "stays",
+    }
 
     ratio: float | None = None
     keep_macs: float | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 from penjing.analysis.footprint import footprint
 from penjing.analysis.saliency import gradient_sizes, gradients, input_norms, movement
-from penjing.analysis.sparse_reconstruct import Result, prune_with_reconstruction
+from penjing.analysis.sparse_reconstruct import Result, prune_layers, prune_together
 from penjing.analysis.weights import Weight, find_weights
 from penjing.data import Data
-from penjing.errors import DataError, InputError, RecipeError
+from penjing.errors import DataError, RecipeError
 from penjing.network import MaskWeights, Network, SetWeights
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.task import primary
@@ -28,7 +28,7 @@ from penjing.tensors.sparsity import ALLOCATIONS, Pattern, parse_pattern
 from penjing.training import Batch, call
 
 _DEFAULT = 0.8
-_GRADIENT_BATCH, _TRAINING_BATCH, _BATCH = 16, 64, 100
+_GRADIENT_BATCH, _FISHER_BATCH, _TRAINING_BATCH, _BATCH = 16, 4, 64, 100
 #: Most entries of one value that are kept for all samples together while layers are rebuilt (float32: 1 GiB).
 _ENTRIES = 1 << 28
 #: Where a criterion finds what it needs.
@@ -57,6 +57,8 @@ class PruneWeights(Step):
 
     Weights are those of convolutions, linear, bilinear and recurrent layers and products; of `embeddings` if asked.
     """
+
+    amounts: ClassVar[Mapping[str, str]] = {"sparsity": "zero"}
 
     sparsity: float | None = None
     criterion: str = "magnitude"
@@ -167,10 +169,6 @@ class PruneWeights(Step):
                 hint="weights are those of convolutions, linear and recurrent layers: "
                 + (", ".join(list(everything.found)[:5]) or "this network has none"),
             )
-        tensors = network.tensors()
-        for name in weights:
-            if not bool(torch.isfinite(tensors[name]).all()):
-                raise InputError(f"{name} holds NaN or infinite values", hint="exclude it with where")
         return _Planner(self, network, context, weights).plan(left)
 
 
@@ -268,19 +266,37 @@ class _Planner:
         most = max(2, min(settings.samples, _ENTRIES // max(footprint(self.network).largest, 1)))
         if most < settings.samples:
             self.notes.append(f"{most} samples instead of {settings.samples}, to fit in memory")
-        group = self.draw.pattern.group
-        return prune_with_reconstruction(
+        if settings.criterion == "chita":
+            return prune_together(
+                self.network,
+                sparsity=self._asked,
+                names=list(self.weights),
+                batches=self._bound(most),
+                gradients=lambda network: gradients(network, self._batches(_FISHER_BATCH), self._loss),
+                draw=lambda scores, share: self.draw.masks(self._judged(scores), share, share / self._asked),
+                progress=self.context.progress,
+            )
+        result = prune_layers(
             self.network,
             settings.criterion,
-            sparsity=1 - self.draw.pattern.keep / group if group else self.sparsity,
+            sparsity=self.sparsity,
             names=list(self.weights),
             batches=self._bound(most),
             keep=keep,
-            pattern=settings.pattern,
-            gradients=lambda network: gradients(network, self._batches(_GRADIENT_BATCH), self._loss),
-            seed=self.context.seed,
+            pattern=self.draw.pattern if self.draw.pattern.group else None,
             progress=self.context.progress,
         )
+        others = {n: s for n, s in self._scores().items() if n not in result.masks}
+        if others:
+            result.notes.append(f"{', '.join(others)} cannot be rebuilt: judged by magnitude, each on its own")
+            alone = replace(self.draw, allocation="uniform", per_row=False)
+            result.masks.update(alone.masks(self._judged(others), self.sparsity))
+        return result
+
+    @property
+    def _asked(self) -> float:
+        pattern = self.draw.pattern
+        return 1 - pattern.keep / pattern.group if pattern.group else self.sparsity
 
     # ----------------------------------------------------------------------------------------------------- samples
     def _batches(self, size: int, limit: int | None = -1, seed: int | None = None) -> Iterator[tuple[Any, Any]]:

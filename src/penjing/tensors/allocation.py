@@ -1,4 +1,4 @@
-"""How many units every group keeps: uniform, or greedy under a model of what a network costs."""
+"""How many units every group keeps: uniform, greedy under a model of what a network costs, or along error curves."""
 
 from __future__ import annotations
 
@@ -175,3 +175,28 @@ def refill(
         if best is None:
             return {g: size - gone[g] for g, size in sizes.items()}
         gone[best[1]] = best[2]
+
+
+def along_curves(curves: Mapping[str, Sequence[tuple[int, float]]], gone: int) -> dict[str, int]:
+    """How many entries each tensor gives up so that `gone` go in all and the summed error rises least.
+
+    `curves[name]` are (entries gone, error) points, both rising, the last with all that may go; between them errors are
+    taken to rise evenly. Every curve is followed on its lower hull, the flattest pieces first.
+    """
+    pieces = []
+    for name, points in curves.items():
+        hull: list[tuple[int, float]] = [(0, 0.0)]
+        for point in sorted(p for p in points if p[0] > 0):
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
+                hull.pop()
+            hull.append(point)
+        pieces += [(_slope(a, b), b[0] - a[0], name) for a, b in zip(hull, hull[1:], strict=False)]
+    taken = dict.fromkeys(curves, 0)
+    for _, entries, name in sorted(pieces):
+        taken[name] += min(entries, gone)
+        gone -= min(entries, gone)
+    return taken
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else float("inf")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from penjing.tensors.least_squares import damped
 
@@ -145,6 +146,40 @@ def _trace(
             )
             family = None if family is None else family.gather(1, left)
     return order, losses
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Columns put side by side so that every `m` of them share a pattern: of a convolution the input channels at one
+    tap, then those at the next. Empty columns follow where they do not divide: `order` (D',) holds the columns'
+    numbers, -1 for those."""
+
+    order: Tensor
+    m: int
+
+    @classmethod
+    def of(cls, channels: int, taps: int, m: int) -> Neighbours:
+        """For columns numbered channel × taps + tap."""
+        columns = torch.arange(channels * taps).view(channels, taps).T.flatten()
+        return cls(functional.pad(columns, (0, -len(columns) % m), value=-1), m)
+
+    def hessian(self, given: Tensor) -> Tensor:
+        """(G, D, D) → (G, D', D'); empty columns touch no others."""
+        real = self.order >= 0
+        at = self.order.clamp_min(0)
+        wide = given[:, at][:, :, at] * (real[:, None] & real[None, :])
+        return wide + torch.diag((~real).to(given.dtype))
+
+    def columns(self, given: Tensor) -> Tensor:
+        """(G, O, D) → (G, O, D'), zero (False) in empty columns."""
+        return given[:, :, self.order.clamp_min(0)] * (self.order >= 0)
+
+    def back(self, given: Tensor, columns: int) -> Tensor:
+        """(G, O, D') → (G, O, D)."""
+        real = self.order >= 0
+        out = given.new_zeros(*given.shape[:2], columns)
+        out[:, :, self.order[real]] = given[:, :, real]
+        return out
 
 
 @torch.no_grad()
