@@ -68,5 +68,5 @@ def test_pages_keep_their_size() -> None:
     lines = {p.name: len(p.read_text(encoding="utf8").splitlines()) for p in PAGES}
     assert lines.pop("CONTRIBUTING.md") < 60
     assert lines.pop("README.md") < 120
-    assert lines.pop("tour.md") < 230
+    assert lines.pop("tour.md") < 300
     assert all(n < 45 for n in lines.values()), "a decision is at most one screen"
