@@ -104,3 +104,27 @@ def test_flips_and_crops_are_those_of_the_image() -> None:
     assert seen <= possible and len(seen) > 9
     with pytest.raises(DataError, match="flip-crop"):
         augment(torch.rand(4, 3), "flip-crop", torch.Generator())
+
+
+def test_bfloat16_follows_float32_and_leaves_the_module_as_it_was() -> None:
+    x, y = torch.randn(64, 6), torch.randn(64, 3)
+    dtypes = set()
+
+    def loss(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        got = module(batch[0])
+        dtypes.add(got.dtype)
+        return (got - batch[1]).square().mean()
+
+    found = {}
+    for precision in ("f32", "bf16"):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        trained = train(
+            module, lambda epoch: iter([(x, y)] * 8), loss, Training(epochs=4, lr=0.1, precision=precision),
+            steps_per_epoch=8,
+        )  # fmt: skip
+        assert "forward" not in vars(module)
+        found[precision] = (trained.losses[-1], module[0].weight.detach())
+    assert dtypes == {torch.float32}
+    assert found["bf16"][0] == pytest.approx(found["f32"][0], rel=0.05)
+    assert not torch.equal(found["bf16"][1], found["f32"][1])

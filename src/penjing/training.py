@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr),
 }
 AUGMENTATIONS = ("flip-crop",)
+PRECISIONS = ("f32", "bf16")
 
 
 class Diverged(RecipeError):
@@ -37,7 +39,8 @@ class Diverged(RecipeError):
 class Training:
     """How to train: `epochs` may be a fraction; the rate `lr` rises linearly over the first `warmup` share of the
     steps and then falls to zero along half a cosine; `clip` bounds the gradient's norm; no decay on one-dimensional
-    tensors."""
+    tensors. With `precision` "bf16" networks run under autocast: products in bfloat16, weights, outputs and what is
+    done with them in float32."""
 
     epochs: float = 2
     lr: float = 0.01
@@ -46,6 +49,7 @@ class Training:
     warmup: float = 0.05
     clip: float | None = 5.0
     seed: int = 0
+    precision: str = "f32"
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,10 @@ def train(
         masks = {n: m.to(accelerator.device) for n, m in (keep or {}).items()}
         losses: list[float] = []
         try:
-            with progress.task(description, total) as advance:
+            with (
+                _autocast((prepared, *companions), accelerator.device, training.precision),
+                progress.task(description, total) as advance,
+            ):
                 for step, batch in enumerate(_stream(batches, total, accelerator)):
                     _set_rate(optimizer, training, step, total)
                     value = loss(prepared, _to(batch, accelerator.device))
@@ -121,6 +128,32 @@ def train(
     part = max(1, math.ceil(len(losses) / 10))
     tenths = [losses[i : i + part] for i in range(0, len(losses), part)]
     return Trained(len(losses), [sum(t) / len(t) for t in tenths])
+
+
+@contextmanager
+def _autocast(modules: Sequence[nn.Module], device: torch.device, precision: str) -> Iterator[None]:
+    """Runs `modules` in `precision`; their outputs are float32 all the same."""
+    if precision == "f32":
+        yield
+        return
+
+    def wide(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(device.type, torch.bfloat16):
+                outputs = forward(*args, **kwargs)
+            return pytree.tree_map(
+                lambda t: t.float() if isinstance(t, Tensor) and t.dtype == torch.bfloat16 else t, outputs
+            )
+
+        return run
+
+    for module in modules:
+        module.forward = wide(module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def call(module: nn.Module, inputs: Any) -> Any:

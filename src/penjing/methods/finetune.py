@@ -19,7 +19,7 @@ from penjing.progress import Progress
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.task import primary
 from penjing.tensors.distillation import matching, soft_labels
-from penjing.training import AUGMENTATIONS, OPTIMIZERS, Batch, Trained, Training, augment, call, train
+from penjing.training import AUGMENTATIONS, OPTIMIZERS, PRECISIONS, Batch, Trained, Training, augment, call, train
 
 #: Tasks whose outputs are logits, with the dimension of their classes.
 _CLASSES = {"classification": 1, "segmentation": 1, "language-modelling": -1}
@@ -37,7 +37,8 @@ class Finetune(Step):
     teacher is followed, which needs no labels at all. `hints` weighs a further term: the mean relative squared
     error at the residual sums that both networks still have in the same shape (Romero et al. 2015, "FitNets",
     without adapters). Weights that an earlier step masked stay zero. `augment="flip-crop"` varies images. The
-    norms' statistics follow the training samples; with `where`, only tensors it selects change.
+    norms' statistics follow the training samples; with `where`, only tensors it selects change. `precision="bf16"`
+    multiplies in bfloat16: about twice as fast on processors that have it, slower on others.
     """
 
     epochs: float = 2
@@ -50,6 +51,7 @@ class Finetune(Step):
     weight_decay: float = 5e-4
     augment: str | None = None
     hints: float = 0.0
+    precision: str = "f32"
 
     def __post_init__(self) -> None:
         infinity = float("inf")
@@ -63,6 +65,7 @@ class Finetune(Step):
         self.require_between("weight_decay", 0, infinity)
         self.require_one_of("augment", (None, *AUGMENTATIONS))
         self.require_between("hints", 0, infinity)
+        self.require_one_of("precision", PRECISIONS)
         if self.hints and self.teacher is None:
             raise RecipeError("Finetune.hints needs a teacher to take them from", hint="teacher: original")
 
@@ -95,6 +98,7 @@ class Finetune(Step):
                 optimizer=self.optimizer,
                 weight_decay=self.weight_decay,
                 seed=context.seed,
+                precision=self.precision,
             ),
             steps_per_epoch=_count_batches(data, self.batch_size),
             keep=network.masks,

@@ -61,7 +61,7 @@ class PruneChannels(Step):
     reconstruct: bool | str = True
     round_to: int | None = None
     min_channels: int = 1
-    samples: int = 1000
+    samples: int = 2000
     block_steps: int = 200
     block_lr: float = 2e-3
 

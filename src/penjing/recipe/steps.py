@@ -86,7 +86,9 @@ class Step(ABC):
 
     def _going(self) -> dict[str, float]:
         held = {f: (getattr(self, f), counts) for f, counts in self.amounts.items()}
-        return {f: v if counts in ("zero", "goes") else 1 - v for f, (v, counts) in held.items() if v is not None and v <= 1}
+        return {
+            f: v if counts in ("zero", "goes") else 1 - v for f, (v, counts) in held.items() if v is not None and v <= 1
+        }
 
     def require_between(
         self, field: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
