@@ -20,7 +20,17 @@ ORDER = [
 APART = {"methods", "runtimes"}  # siblings in here never import each other, but for what is named below
 SHARED = {
     "methods": set(),
-    "runtimes": {"base", "cpu", "trace", "parity", "onnx_graph", "onnx_passes", "onnx_views", "onnx_attention"},
+    "runtimes": {
+        "base",
+        "timing",
+        "cpu",
+        "trace",
+        "parity",
+        "onnx_graph",
+        "onnx_passes",
+        "onnx_views",
+        "onnx_attention",
+    },
 }
 LAZY = ("runtimes/", "search/", "serving/", "cli/", "__init__.py", "__main__.py")
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -148,6 +158,8 @@ def test_public_names() -> None:
         "PenjingError",
         "Plan",
         "PruneChannels",
+        "PruneHeads",
+        "PruneLayers",
         "PruneWeights",
         "Quantize",
         "Recipe",

@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from penjing.deployment import Bundle, deploy, pack, unpack
     from penjing.errors import PenjingError
     from penjing.evaluation import Report, Sensitivity, evaluate, sensitivity
-    from penjing.methods import Finetune, Plan, PruneChannels, PruneWeights, Quantize, Recipe, Step
+    from penjing.methods import (
+        Finetune,
+        Plan,
+        PruneChannels,
+        PruneHeads,
+        PruneLayers,
+        PruneWeights,
+        Quantize,
+        Recipe,
+        Step,
+    )
     from penjing.network import Network, capture
     from penjing.runtimes import Target
     from penjing.task import Task
@@ -24,6 +34,8 @@ _HOMES = {
     "PenjingError": "penjing.errors",
     "Plan": "penjing.methods",
     "PruneChannels": "penjing.methods",
+    "PruneHeads": "penjing.methods",
+    "PruneLayers": "penjing.methods",
     "PruneWeights": "penjing.methods",
     "Quantize": "penjing.methods",
     "Recipe": "penjing.methods",
@@ -49,6 +61,8 @@ __all__ = [
     "PenjingError",
     "Plan",
     "PruneChannels",
+    "PruneHeads",
+    "PruneLayers",
     "PruneWeights",
     "Quantize",
     "Recipe",

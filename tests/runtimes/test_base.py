@@ -31,7 +31,7 @@ def files(network: Network, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def test_the_runtimes() -> None:
-    assert RUNTIMES.names() == ["onnxruntime", "openvino", "torch"]
+    assert {"onnxruntime", "openvino", "torch"} <= set(RUNTIMES.names())  # examples in the documents add others
 
 
 @pytest.mark.parametrize("text", ["openvino", "onnxruntime:threads=2", "openvino:threads=1,precision=f32"])

@@ -8,7 +8,7 @@ batch norm and a residual sum, the target is the original's sum less the pruned 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from penjing.analysis.lane import Lane
+from penjing.network.channels.groups import Group, kept_indices
+from penjing.network.edits import RemoveChannels
 from penjing.network.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.tensors.least_squares import Moments, refit
@@ -158,6 +160,25 @@ def reconstruct(
                 wanted.release(layer.total.name)
             advance(1)
     return result
+
+
+def refit_readers(
+    network: Network,
+    pruned: Network,
+    removals: Sequence[RemoveChannels],
+    smaller: Iterable[Group],
+    batches: list[dict[str, Tensor]],
+    progress: Progress = SILENT,
+) -> Refit:
+    """Refit what reads the groups that got `smaller` by `removals`, which made `pruned` of `network`."""
+    gone = [(e.parameter, e.dim, e.indices) for e in removals]
+    kept = {
+        name: {dim: torch.as_tensor(i) for dim, i in dims.items()}
+        for name, dims in kept_indices(network.groups(), gone).items()
+    }
+    # Where single weights are pinned to zero, a dense fit would be cut to pieces: those layers stay as they are.
+    readers = {m.parameter for group in smaller for m in group.consumers} - set(network.masks)
+    return reconstruct(network, pruned, kept, batches, only=readers, progress=progress)
 
 
 def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from penjing.analysis.costs import Cost
 from penjing.analysis.ranking import Ranked
 from penjing.errors import RecipeError
 from penjing.network import Network, RemoveChannels
+from penjing.network.channels.groups import Group
 from penjing.tensors.allocation import CostModel, Rounding, greedy, refill, uniform
 
 #: Whole networks that are exported and timed before a budget counts as out of reach.
@@ -180,3 +182,16 @@ def removals_of(ranked: Sequence[Ranked], counts: Mapping[str, int]) -> list[Rem
             indices = tuple(sorted(int(i) for i in np.unique(member.indices[going])))
             edits.append(RemoveChannels(parameter=member.parameter, dim=member.dim, indices=indices))
     return edits
+
+
+def vector_multiples(groups: Sequence[Group]) -> dict[str, int]:
+    """For each group the multiple its count should end on: as many floats as fit a vector register (AVX-512 16, AVX2
+    and others 8), half or a quarter of that in groups that would have fewer than four steps."""
+    most = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    fitting = {g.name: [m for m in (most, most // 2, most // 4) if 4 * m <= g.size * _channels(g)] for g in groups}
+    return {g.name: max(1, (fitting[g.name] or [1])[0] // _channels(g)) for g in groups}
+
+
+def _channels(group: Group) -> int:
+    """Channels a unit."""
+    return int((group.producers or group.members)[0].indices.shape[1])

@@ -4,8 +4,20 @@ from here.
 
 from penjing.methods.finetune import Finetune
 from penjing.methods.prune_channels import PruneChannels
+from penjing.methods.prune_heads import PruneHeads
+from penjing.methods.prune_layers import PruneLayers
 from penjing.methods.prune_weights import PruneWeights
 from penjing.methods.quantize import Quantize
 from penjing.recipe import Plan, Recipe, Step
 
-__all__ = ["Finetune", "Plan", "PruneChannels", "PruneWeights", "Quantize", "Recipe", "Step"]
+__all__ = [
+    "Finetune",
+    "Plan",
+    "PruneChannels",
+    "PruneHeads",
+    "PruneLayers",
+    "PruneWeights",
+    "Quantize",
+    "Recipe",
+    "Step",
+]

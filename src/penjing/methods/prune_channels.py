@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,16 +14,18 @@ from penjing.analysis.costs import exact_costs, stored_bytes
 from penjing.analysis.footprint import Footprint, footprint
 from penjing.analysis.gradients import gradients
 from penjing.analysis.ranking import Ranked, rank
-from penjing.analysis.reconstruct import Refit, reconstruct
-from penjing.analysis.shrinking import Shrunk, shrink_evenly, shrink_to
+from penjing.analysis.reconstruct import Refit, refit_readers
+from penjing.analysis.samples import bind_all, room_for
+from penjing.analysis.shrinking import Shrunk, shrink_evenly, shrink_to, vector_multiples
 from penjing.errors import RecipeError
 from penjing.network import Network, SetWeights
-from penjing.network.channels.groups import Group, kept_indices, kept_values
+from penjing.network.channels.groups import Group, kept_values
+from penjing.progress import Progress
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.runtimes import Target
+from penjing.runtimes.layer_latency import latency_cost
 from penjing.tensors.criteria import CRITERIA, ELIMINATION, require_samples
 
-#: Most entries of one value that are kept for all samples together while layers are refitted (float32: 1 GiB).
-_ENTRIES = 1 << 28
 _GRADIENT_BATCHES = 6
 #: Samples a step of block-wise optimisation looks at.
 _BLOCK_BATCH = 32
@@ -35,13 +37,15 @@ class PruneChannels(Step):
     """Remove the channels that matter least, with everything that is coupled to them.
 
     How many: `ratio` of every group's units go (0.5 if nothing is said), or as many as it takes for the network's
-    multiply-accumulates (`keep_macs`), parameters (`keep_params`) or stored bytes (`keep_bytes`; above 1 it is their
-    number) to fall to that share of now; all that are given hold. With samples a group loses the less the more the
-    outputs suffer from losing half of it; without, all groups lose the same share. Which: `criterion`, any of
-    `penjing.tensors.criteria` ("obs": what the layers behind can do without, judged on samples). With `reconstruct` and
-    samples, the layers that lost inputs are refitted, without labels (`penjing.analysis.reconstruct`);
-    `reconstruct="blockwise"` then trains block after block, `block_steps` steps each at the rate `block_lr`, towards
-    what the original gives there (`penjing.analysis.blockwise`). Counts are rounded up to multiples of `round_to`;
+    multiply-accumulates (`keep_macs`), parameters (`keep_params`), stored bytes (`keep_bytes`; above 1 it is their
+    number) or latency for one sample on `target` (`keep_latency`; measured, layer by layer and as a whole:
+    `penjing.runtimes.layer_latency`) to fall to that share of now; all that are given hold. With samples a group loses
+    the less the more the outputs suffer from losing half of it; without, all groups lose the same share. Which:
+    `criterion`, any of `penjing.tensors.criteria` ("obs": what the layers behind can do without, judged on samples).
+    With `reconstruct` and samples, the layers that lost inputs are refitted, without labels
+    (`penjing.analysis.reconstruct`); `reconstruct="blockwise"` then trains block after block, `block_steps` steps each
+    at the rate `block_lr`, towards what the original gives there (`penjing.analysis.blockwise`). Counts are rounded up
+    to multiples of `round_to`, with "auto" to the floats of a vector register, in groups that have room for some;
     `min_channels` stay everywhere. `where` selects the layers that make the channels; a group is touched only if all of
     its makers are selected.
     """
@@ -51,15 +55,18 @@ class PruneChannels(Step):
         "keep_macs": "macs",
         "keep_params": "parameters",
         "keep_bytes": "stays",
+        "keep_latency": "stays",
     }
 
     ratio: float | None = None
     keep_macs: float | None = None
     keep_params: float | None = None
     keep_bytes: float | None = None
+    keep_latency: float | None = None
+    target: str | None = None
     criterion: str = "l2"
     reconstruct: bool | str = True
-    round_to: int | None = None
+    round_to: int | str | None = None
     min_channels: int = 1
     samples: int = 2000
     block_steps: int = 200
@@ -67,7 +74,7 @@ class PruneChannels(Step):
 
     def __post_init__(self) -> None:
         self.require_between("ratio", 0, 1, open_high=True)
-        for field in ("keep_macs", "keep_params"):
+        for field in ("keep_macs", "keep_params", "keep_latency"):
             self.require_between(field, 0, 1, open_low=True)
         self.require_between("keep_bytes", 0, float("inf"), open_low=True)
         if self.ratio is not None and self._budgets:
@@ -76,7 +83,16 @@ class PruneChannels(Step):
                 hint="ratio is the share of channels that goes; keep_… are shares that stay",
             )
         self.require_one_of("criterion", CRITERIA.names())
-        self.require_between("round_to", 1, float("inf"))
+        if isinstance(self.round_to, str):
+            self.require_one_of("round_to", ("auto",))
+        else:
+            self.require_between("round_to", 1, float("inf"))
+        if self.keep_latency is not None and self.target is None:
+            raise RecipeError(
+                "PruneChannels.keep_latency needs a target to measure on", hint="for example target='openvino'"
+            )
+        if self.target is not None:
+            Target.parse(self.target)
         self.require_between("min_channels", 1, float("inf"))
         self.require_between("samples", 1, float("inf"))
         self.require_one_of("reconstruct", (True, False, "blockwise"))
@@ -117,13 +133,14 @@ class PruneChannels(Step):
             seed=context.seed,
             progress=context.progress,
         )
-        shrunk = self._shrink(network, ranked, size)
+        shrunk = self._shrink(network, ranked, size, context.progress)
         refit = self._refit(network, ranked, shrunk, batches, context) if self.reconstruct and batches else Refit()
         refitted = tuple(SetWeights(parameter=name, value=value) for name, value in refit.tensors.items())
         after = footprint(shrunk.network)
         notes.insert(
             0, f"parameters {size.parameters:,} → {after.parameters:,} ({after.parameters / size.parameters:.1%})"
         )
+        notes[1:1] = shrunk.notes
         notes.insert(1, f"multiply-accumulates {size.macs:,} → {after.macs:,} ({after.macs / max(size.macs, 1):.1%})")
         reasons = self._reasons(network, ranked, shrunk.counts, refit)
         return Plan(step=self, edits=(*shrunk.removals, *refitted), reasons=reasons, notes=tuple(notes))
@@ -142,29 +159,31 @@ class PruneChannels(Step):
             if self.criterion == ELIMINATION:
                 notes.append("no samples were given: criterion 'obs' judges by 'l2' instead")
             return []
-        count = max(2, min(self.samples, _ENTRIES // max(size.largest, 1)))
+        most = _BLOCK_BATCH if self.reconstruct == "blockwise" else 100
+        count, batch = room_for(network, size, self.samples, most)
         if count < self.samples:
             notes.append(f"{count} samples instead of {self.samples}, to fit in memory")
-        most = _BLOCK_BATCH if self.reconstruct == "blockwise" else 100
-        batch = max(1, min(most, (1 << 24) // max(size.largest, 1)))
-        fixed = None if network.batch_is_dynamic else network.inputs[0].shape[0]
-        drawn = context.data.batches(fixed or batch, shuffle=True, seed=context.seed, limit=count)
-        bound = (network.bind(inputs) for inputs, _ in drawn)
-        return [b for b in bound if fixed is None or b[network.inputs[0].name].shape[0] == fixed]
+        return bind_all(network, context.data.batches(batch, shuffle=True, seed=context.seed, limit=count))
 
     @property
     def _budgets(self) -> list[str]:
-        return [f for f in ("keep_macs", "keep_params", "keep_bytes") if getattr(self, f) is not None]
+        fields = ("keep_macs", "keep_params", "keep_bytes", "keep_latency")
+        return [f for f in fields if getattr(self, f) is not None]
 
-    def _shrink(self, network: Network, ranked: Sequence[Ranked], size: Footprint) -> Shrunk:
+    def _shrink(self, network: Network, ranked: Sequence[Ranked], size: Footprint, progress: Progress) -> Shrunk:
         asked = {"macs": self.keep_macs, "parameters": self.keep_params, "bytes": self.keep_bytes}
         wholes = {"macs": size.macs, "parameters": size.parameters, "bytes": stored_bytes(network)}
         limits = {w: keep * (wholes[w] if keep <= 1 else 1) for w, keep in asked.items() if keep is not None}
-        if limits:
-            costs = exact_costs(network, [r.group for r in ranked], size, limits)
-            return shrink_to(network, ranked, costs, self.round_to, self.min_channels)
+        groups = [r.group for r in ranked]
+        round_to = vector_multiples(groups) if self.round_to == "auto" else cast(int | None, self.round_to)
+        costs = list(exact_costs(network, groups, size, limits))
+        if self.keep_latency is not None:
+            target = Target.parse(cast(str, self.target))
+            costs.append(latency_cost(network, groups, target, self.keep_latency, progress))
+        if costs:
+            return shrink_to(network, ranked, costs, round_to, self.min_channels)
         ratio = 0.5 if self.ratio is None else self.ratio
-        return shrink_evenly(network, ranked, ratio, self.round_to, self.min_channels)
+        return shrink_evenly(network, ranked, ratio, round_to, self.min_channels)
 
     def _refit(
         self,
@@ -177,19 +196,13 @@ class PruneChannels(Step):
         """What the layers behind make good of what went."""
         if not shrunk.removals:
             return Refit()
-        groups, gone = network.groups(), [(e.parameter, e.dim, e.indices) for e in shrunk.removals]
-        kept = {
-            name: {dim: torch.as_tensor(i) for dim, i in dims.items()}
-            for name, dims in kept_indices(groups, gone).items()
-        }
-        smaller = (r.group for r in ranked if shrunk.counts[r.group.name] < r.group.size)
-        # Where single weights are pinned to zero, a dense fit would be cut to pieces: those layers stay as they are.
-        readers = {m.parameter for group in smaller for m in group.consumers} - set(network.masks)
-        refit = reconstruct(network, shrunk.network, kept, batches, only=readers, progress=context.progress)
+        smaller = [r.group for r in ranked if shrunk.counts[r.group.name] < r.group.size]
+        refit = refit_readers(network, shrunk.network, shrunk.removals, smaller, batches, context.progress)
         if self.reconstruct != "blockwise":
             return refit
         fitted = shrunk.network.apply(SetWeights(parameter=n, value=v) for n, v in refit.tensors.items())
-        values = {name: (dim, torch.as_tensor(i)) for name, (dim, i) in kept_values(groups, gone).items()}
+        gone = [(e.parameter, e.dim, e.indices) for e in shrunk.removals]
+        values = {name: (dim, torch.as_tensor(i)) for name, (dim, i) in kept_values(network.groups(), gone).items()}
         blocks = optimise_blocks(
             network, fitted, values, batches, lr=self.block_lr, steps=self.block_steps, seed=context.seed,
             progress=context.progress,

@@ -74,7 +74,7 @@ class QuantizeTensor:
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One operator of a replacement: `arguments` are JSON as in `graph.encode`; "%" is what the call before gives
-    (for the first: the replaced layer's own input), "%name" a node of the graph, "@name" a tensor."""
+    (for the first: the replaced layer's `source`), "%name" a node of the graph, "@name" a tensor."""
 
     operator: str
     arguments: tuple[Any, ...]
@@ -83,13 +83,14 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReplaceLayer:
-    """Replaces the graph node `node` by a chain of calls (none: by its first input). `tensors` are new parameters
-    or buffers.
+    """Replaces the graph node `node` by a chain of calls that begins with its input `source` (None: its first), or by
+    that input where there are no calls. `tensors` are new parameters or buffers.
     """
 
     node: str
     calls: tuple[Call, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    source: str | None = None
 
 
 Edit = RemoveChannels | MaskWeights | SetWeights | QuantizeTensor | ReplaceLayer
@@ -126,9 +127,12 @@ def apply(draft: Draft, edits: Iterable[Edit]) -> None:
         _APPLY[kind](draft, several)
         draft.groups = {}
     graph = draft.graph
-    graph.eliminate_dead_code()
+    # What is drawn at random (dropout, attention) would not count as dead by itself.
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     draft.graph_module = flat.copy(draft.graph_module)
+    read = flat.tensors_of(draft.graph_module)
+    draft.masks = {name: mask for name, mask in draft.masks.items() if name in read}
 
 
 def _remove_channels(draft: Draft, edits: Sequence[RemoveChannels]) -> None:
@@ -252,8 +256,11 @@ def _replace_layers(draft: Draft, edits: Sequence[ReplaceLayer]) -> None:
         ]
         if clash:
             raise EditError(f"'{clash[0]}' is used by other layers than '{edit.node}' and cannot change its shape")
+        sources = {n.name: n for n in old.all_input_nodes}
+        if edit.source is not None and edit.source not in sources:
+            raise EditError(f"'{edit.source}' is not an input of '{edit.node}'")
         held.update(edit.tensors)
-        current = old.all_input_nodes[0]
+        current = old.all_input_nodes[0] if edit.source is None else sources[edit.source]
         with graph.inserting_before(old):
             for call in edit.calls:
                 current = _insert_call(graph, call, current, nodes, held)

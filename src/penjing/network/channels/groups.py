@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from penjing.errors import EditError
-from penjing.network.channels.labels import Axis, Role, Tape
+from penjing.network.channels.labels import FREE, Axis, Role, Tape
 from penjing.network.channels.rules import trace
 from penjing.network.channels.solve import Solution, solve
 
@@ -56,6 +56,7 @@ class Group:
         classes: `(units,)` the class number of every unit.
         sums: the operator that sums over these channels without weights (a product of two activations), so that a
             unit and its copy count twice; None where equal units may be replaced by one with larger weights behind it.
+        heads: whether the units are attention heads (with grouped queries: key-value heads and all that ask them).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Group:
     inexact: str | None
     classes: Ints
     sums: str | None = None
+    heads: bool = False
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -229,6 +231,7 @@ def _build(tape: Tape, solution: Solution) -> tuple[Group, ...]:
     signature = np.add.reduceat(mixed[axis], starts)
     _, first, inverse = np.unique(signature, return_index=True, return_inverse=True)
     crossing, sums = _by_class(solution, tape.inexact), _by_class(solution, tape.sums)
+    heads = _heads(tape, solution)
     sizes = np.diff(np.r_[starts, len(label)])
     groups, used = [], dict[str, int]()
     for kind in np.argsort(first):
@@ -250,8 +253,20 @@ def _build(tape: Tape, solution: Solution) -> tuple[Group, ...]:
         classes = owner[starts[units]]
         inexact, summed = (next((table[c] for c in classes.tolist() if c in table), None) for table in (crossing, sums))
         numbered = path if used[path] == 1 else f"{path}#{used[path]}"
-        groups.append(Group(numbered, len(units), tuple(members), inexact, classes, summed))
+        whole = heads.issuperset(classes.tolist())
+        groups.append(Group(numbered, len(units), tuple(members), inexact, classes, summed, whole))
     return tuple(groups)
+
+
+def _heads(tape: Tape, solution: Solution) -> set[int]:
+    """The classes that are whole heads: along the batch of a product of activations, one class each across the rest."""
+    found: set[int] = set()
+    for record in tape.heads:
+        classes = np.where(record.labels == FREE, -1, solution.classes[record.labels])
+        high = classes.max(axis=record.other, keepdims=True)
+        if ((classes == high) | (classes < 0)).all():
+            found.update(np.unique(high[high >= 0]).tolist())
+    return found
 
 
 def _by_class(solution: Solution, noted: Sequence[tuple[str, Ints]]) -> dict[int, str]:
