@@ -154,6 +154,7 @@ def test_public_names() -> None:
     assert set(penjing.__all__) == {
         "Bundle",
         "Finetune",
+        "Gradually",
         "Network",
         "PenjingError",
         "Plan",
@@ -163,8 +164,10 @@ def test_public_names() -> None:
         "PruneWeights",
         "Quantize",
         "Recipe",
+        "Regularize",
         "Report",
         "Result",
+        "SearchAmount",
         "Sensitivity",
         "Step",
         "Target",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from penjing.evaluation import Report, Sensitivity, evaluate, sensitivity
     from penjing.methods import (
         Finetune,
+        Gradually,
         Plan,
         PruneChannels,
         PruneHeads,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
         PruneWeights,
         Quantize,
         Recipe,
+        Regularize,
+        SearchAmount,
         Step,
     )
     from penjing.network import Network, capture
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bundle": "penjing.deployment",
     "Finetune": "penjing.methods",
+    "Gradually": "penjing.methods",
     "Network": "penjing.network",
     "PenjingError": "penjing.errors",
     "Plan": "penjing.methods",
@@ -39,8 +43,10 @@ _HOMES = {
     "PruneWeights": "penjing.methods",
     "Quantize": "penjing.methods",
     "Recipe": "penjing.methods",
+    "Regularize": "penjing.methods",
     "Report": "penjing.evaluation",
     "Result": "penjing.compression",
+    "SearchAmount": "penjing.methods",
     "Sensitivity": "penjing.evaluation",
     "Step": "penjing.methods",
     "Target": "penjing.runtimes",
@@ -57,6 +63,7 @@ _HOMES = {
 __all__ = [
     "Bundle",
     "Finetune",
+    "Gradually",
     "Network",
     "PenjingError",
     "Plan",
@@ -66,8 +73,10 @@ __all__ = [
     "PruneWeights",
     "Quantize",
     "Recipe",
+    "Regularize",
     "Report",
     "Result",
+    "SearchAmount",
     "Sensitivity",
     "Step",
     "Target",

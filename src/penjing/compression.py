@@ -16,6 +16,7 @@ from penjing.errors import InputError, PenjingError, RecipeError
 from penjing.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.recipe import Context, Plan, Recipe, Step
+from penjing.recipe.judging import scores_of
 from penjing.task import Task, get_task
 
 #: Samples that the metric before and after each step is taken on; the final figures of a report come from all of them.
@@ -118,19 +119,6 @@ def _look(network: Network, test: Data | None, task: Task | None, progress: Prog
     row: dict[str, Any] = {"parameters": size.parameters, "macs": size.macs}
     if test is None or task is None:
         return row
-    module = network.module()
-    scores: list[torch.Tensor] = []
-    with torch.no_grad(), progress.task(f"{task.metric} of {network.name}", None) as advance:
-        for inputs, labels in test.batches(100, limit=STEP_SAMPLES):
-            outputs = _call(module, inputs)
-            scores.append(task.scores(outputs, labels).flatten())
-            advance(len(scores[-1]))
-    every = torch.cat(scores)
+    every = scores_of(network, test, task, limit=STEP_SAMPLES, progress=progress)
     row["metric"] = {"name": task.metric, "value": every.mean().item(), "n": len(every), "runtime": "torch"}
     return row
-
-
-def _call(module: torch.nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return module(**inputs)
-    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)

@@ -22,6 +22,8 @@ from penjing.errors import DataError, RecipeError
 from penjing.progress import SILENT, Progress
 
 Batch = tuple[Any, ...]  #: (inputs, labels, …): what `loss` takes apart
+#: (the module, the share of the steps that is done, the learning rate) → nothing: changes the module in place.
+AfterStep = Callable[[nn.Module, float, float], None]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True),
@@ -70,6 +72,7 @@ def train(
     keep: Mapping[str, Tensor] | None = None,
     frozen: Callable[[str], bool] = lambda name: False,
     companions: tuple[nn.Module, ...] = (),
+    after_step: AfterStep | None = None,
     progress: Progress = SILENT,
     description: str = "training",
 ) -> Trained:
@@ -77,7 +80,8 @@ def train(
 
     `batches(epoch)` yields the batches of one pass; `loss(module, batch)` a scalar. `keep` holds boolean masks by
     parameter name: where False, the weight stays zero after every step. Parameters for which `frozen(name)` is true
-    stay as they are. `companions` (a teacher) are moved to the same device. The same seed gives the same result.
+    stay as they are. `companions` (a teacher) are moved to the same device. `after_step` may change weights after each
+    step (a penalty's proximal step). The same seed gives the same result.
 
     Raises Diverged on a loss that is not finite and DataError when there are no batches. Whatever interrupts this
     leaves only the caller's own copy half trained.
@@ -119,6 +123,8 @@ def train(
                     if training.clip is not None:
                         accelerator.clip_grad_norm_(prepared.parameters(), training.clip)
                     optimizer.step()
+                    if after_step is not None:
+                        after_step(module, (step + 1) / total, optimizer.param_groups[0]["lr"])
                     _hold_zeros(module, masks)
                     advance(1)
         finally:

@@ -13,7 +13,7 @@ from penjing import __version__
 from penjing.cli import app
 from penjing.errors import InputError
 
-VERBS = ("compress", "evaluate", "deploy", "pack", "unpack", "inspect", "demo", "doctor")
+VERBS = ("compress", "evaluate", "deploy", "sensitivity", "pack", "unpack", "inspect", "demo", "doctor")
 
 
 def test_help_names_every_verb(penjing):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import penjing as pj
-from penjing.errors import InputError, RecipeError
+from penjing.errors import DataError, InputError, RecipeError
 from penjing.evaluation import Sensitivity, silencing
 from penjing.network import Network
 
@@ -177,6 +177,45 @@ def test_the_table_starts_with_the_most_sensitive(network: Network, samples: Any
 def test_settings_that_make_no_sense(network: Network, samples: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         measure(network, samples, **settings)
+
+
+def test_without_channel_groups_it_says_so(samples: Any) -> None:
+    bare = pj.capture(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval(), inputs=(samples[0][:2],), name="bare")
+    with pytest.raises(InputError, match="bare has no channel groups"):
+        measure(bare, samples)
+    assert measure(bare, samples, kind="weights", ratios=(0.5,)).groups == ("1.weight",)
+
+
+def test_only_networks_are_measured(samples: Any) -> None:
+    with pytest.raises(InputError, match="takes a Network, got Linear"):
+        measure(nn.Linear(2, 2), samples)  # type: ignore[arg-type]
+
+
+def test_a_metric_that_is_no_number_is_the_worst(network: Network, samples: Any) -> None:
+    found = measure(network, samples, ratios=(0.5, 0.75))
+    calmest = found.most_sensitive()[-1]
+    rows = tuple(
+        dataclasses.replace(row, metric=None, output_error=0.0) if row.group == calmest and row.ratio == 0.5 else row
+        for row in found.rows
+    )
+    broken = dataclasses.replace(found, rows=rows)
+    assert broken.most_sensitive()[0] == calmest and broken.spare(calmest) == 0.0
+    assert broken.brief(broken.curve(calmest)[0]) == broken.show(broken.curve(calmest)[0]) == "–"
+    assert Sensitivity.from_dict(json.loads(json.dumps(broken.to_dict()))) == broken
+    task = dataclasses.replace(pj.task.get_task("classification"), scores=lambda o, y: torch.full((len(y),), torch.nan))
+    with pytest.raises(DataError, match="the accuracy of net is not a number"):
+        measure(network, samples, task=task, ratios=(0.5,))
+
+
+def test_numbers_in_brief(network: Network, samples: Any) -> None:
+    found = measure(network, samples, ratios=(0.5,))
+    point = dataclasses.replace(found.rows[0], metric=0.93391)
+    assert (found.brief(point), found.measure) == ("93.4", "accuracy in %")
+    decibels = {"name": "PSNR", "value": 30.4, "unit": "dB", "higher_is_better": True}
+    other = dataclasses.replace(found, metric=decibels)
+    assert (other.brief(dataclasses.replace(point, metric=28.123)), other.measure) == ("28.12", "PSNR in dB")
+    plain = dataclasses.replace(found, metric=None)
+    assert (plain.brief(dataclasses.replace(point, output_error=0.5)), plain.measure) == ("0.500", "output error")
 
 
 def test_unknown_criteria_are_told(network: Network, samples: Any) -> None:

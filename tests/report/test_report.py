@@ -14,7 +14,7 @@ from penjing.evaluation import words
 from penjing.report import render_html, render_markdown
 
 EVIL = '<script>alert("x")</script> | `a` *b* <img src=x onerror=y>'
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+VOID = {"meta", "br", "img", "link", "input", "hr", "col", "wbr"}
 
 
 def measured(precision: str, accuracy: float, p50: float, wire: int, macs: int) -> dict[str, Any]:

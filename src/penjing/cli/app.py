@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 from penjing._version import __version__
-from penjing.cli import compress, demo, deploy, doctor, evaluate, inspect, pack, unpack
+from penjing.cli import compress, demo, deploy, doctor, evaluate, inspect, pack, sensitivity, unpack
 from penjing.cli.screen import Screen
 from penjing.errors import OutputError, PenjingError
 
@@ -39,6 +39,7 @@ for _verb, _group in (
     (compress.compress, "Make smaller, and prove it"),
     (evaluate.evaluate, "Make smaller, and prove it"),
     (deploy.deploy, "Make smaller, and prove it"),
+    (sensitivity.sensitivity, "Make smaller, and prove it"),
     (pack.pack, "Files"),
     (unpack.unpack, "Files"),
     (inspect.inspect, "Files"),

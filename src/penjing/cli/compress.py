@@ -11,10 +11,14 @@ from penjing.cli import options
 from penjing.cli.models import load_network
 from penjing.cli.outputs import output_folder
 from penjing.cli.screen import Screen
+from penjing.cli.sensitivity import curves_for
 from penjing.cli.show import show_report
+from penjing.errors import InputError
 
 if TYPE_CHECKING:
     from penjing.recipe import Recipe
+
+_SENSITIVE = 10
 
 
 def compress(
@@ -35,6 +39,14 @@ def compress(
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="The folder to write; without it, NAME-compressed.")
     ] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="First measure, on samples of --data, what each part of MODEL can do without; drawn in the report.",
+        ),
+    ] = False,
+    cache: options.Cache = None,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> int:
@@ -49,6 +61,8 @@ def compress(
     from penjing.task import get_task
 
     screen: Screen = context.obj
+    if cache is not None and not sensitivity:
+        raise InputError("--cache keeps sensitivity curves, which are not asked for", hint="add --sensitivity")
     targets = parse_targets(target)
     goal = get_task(task) if task else None
     steps = pj.Recipe.load(Path(recipe)) if recipe else default_recipe(task)
@@ -68,6 +82,9 @@ def compress(
     if held_out is None:
         screen.note("no --test: measured on the samples of --data, which flatters the result")
 
+    curves = None
+    if sensitivity:
+        curves = curves_for(steps, network, samples, goal, cache=cache, seed=seed, screen=screen)
     result = pj.compress(network, steps, data=samples, task=goal, test=held_out, seed=seed, progress=screen)
     report = pj.evaluate(
         result.network,
@@ -77,12 +94,15 @@ def compress(
         task=goal,
         steps=result.steps,
         plans=result.plans,
+        sensitivity=curves,
         seed=seed,
         progress=screen,
     )
     pj.deploy(result.network, target=targets, out=folder, report=report, recipe=steps)
     found = report.to_dict()
     screen.say(views.steps_table(found["steps"]))
+    if curves is not None:
+        screen.say(views.sensitivity_table(curves, report.kept, width=screen.console.width, rows=_SENSITIVE))
     show_report(screen, found)
     screen.line(f"written to {folder}/: the files to deploy, report.html, report.json, the recipe")
     screen.emit({**found, "out": str(folder)})

@@ -51,5 +51,13 @@ Shapes = Annotated[
         "once for each input.",
     ),
 ]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        help="A folder to keep the curves in: the same network, samples and settings are then read, not measured.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Makes the run repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]

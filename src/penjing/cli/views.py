@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -11,11 +11,15 @@ from rich.table import Table
 from penjing.cli.tables import table
 from penjing.evaluation import words
 
+if TYPE_CHECKING:
+    from penjing.evaluation import Sensitivity
+
 Values = Mapping[str, Any]
 Line = tuple[str, ...]
 
 #: Quantities that are the same on every runtime.
 EVERYWHERE = ("size on the wire", "parameters", "multiply-adds (MACs)")
+_ROWS = 40
 _PRETTY = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}
 
 
@@ -102,6 +106,42 @@ def steps_table(steps: Sequence[Values]) -> Table:
             _arrow(words.metric_value(before.get("metric")), words.metric_value(after.get("metric"))),
             f"{step.get('seconds') or 0:.1f}",
         )
+    return made
+
+
+def sensitivity_table(
+    curves: Sensitivity, kept: Mapping[str, int] | None = None, *, width: int = 120, rows: int = _ROWS
+) -> Table:
+    """Groups, the most sensitive first, with the metric at each ratio (at every other one where `width` is too small).
+
+    Green is what costs next to nothing. `kept`: how many units of a group are left, if something was compressed.
+    """
+    order = curves.most_sensitive()[:rows]
+    cells = {group: [curves.brief(point) for point in curves.curve(group)] for group in order}
+    wide = 2 + max(5, *(len(text) for texts in cells.values() for text in texts))
+    left = width - min(40, max(map(len, order))) - (32 if kept else 24)
+    stride = next(s for s in range(1, len(curves.ratios) + 1) if len(curves.ratios) // s * wide <= max(left, wide))
+    made = table(f"{curves.measure[:1].upper()}{curves.measure[1:]} as each part alone loses so much")
+    unit = "channels" if curves.kind == "channels" else "weights"
+    made.add_column("group" if curves.kind == "channels" else "weight", overflow="fold")
+    for column in (unit, *(("kept",) if kept else ()), "may lose"):
+        made.add_column(column, justify="right", no_wrap=True)
+    for ratio in curves.ratios[stride - 1 :: stride]:
+        made.add_column(f"{ratio:.0%}", justify="right", no_wrap=True)
+    for group in order:
+        points = curves.curve(group)
+        shown = [
+            f"[green]{text}[/]" if curves.loss(point) <= curves.small else text
+            for point, text in zip(points, cells[group], strict=True)
+        ]
+        left_over = (f"{kept[group]:,}" if group in kept else "",) if kept else ()
+        spare = f"{curves.spare(group):.0%}"
+        made.add_row(escape(group), f"{points[0].size:,}", *left_over, spare, *shown[stride - 1 :: stride])
+    more = len(curves.groups) - len(order)
+    made.caption = f"{curves.what}; units go by {curves.criterion}; {curves.samples:,} samples" + (
+        f"; the {rows} most sensitive of {len(curves.groups)}" if more else ""
+    )
+    made.caption_justify = "left"
     return made
 
 

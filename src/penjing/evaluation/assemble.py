@@ -17,8 +17,10 @@ from penjing.budget import Constraint, parse_constraints, verdict
 from penjing.data import Data
 from penjing.errors import DataError, InputError
 from penjing.evaluation.bench import Bench
+from penjing.evaluation.curves import Sensitivity
 from penjing.evaluation.describe import describe, digest
 from penjing.evaluation.environment import environment
+from penjing.evaluation.kept import kept_of
 from penjing.evaluation.latency import LatencySettings
 from penjing.evaluation.result import Report, TargetResult
 from penjing.network import Network
@@ -40,6 +42,7 @@ def evaluate(
     task: str | Task | None = None,
     steps: Sequence[Mapping[str, Any]] = (),
     plans: Sequence[Any] = (),
+    sensitivity: Sensitivity | None = None,
     constraints: str | Sequence[Constraint] | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -61,6 +64,8 @@ def evaluate(
             needed).
         steps: rows for the step-by-step table, as ``compress`` gives them.
         plans: the Plans of those steps; their reasons are shown with them.
+        sensitivity: the curves of the baseline (of ``network``, where there is none), drawn in the report with what was
+            kept of each group.
         constraints: ``"latency<=0.5x, accuracy>=-1%"``, judged on the main target.
         seed: of the bootstrap and the order of timing.
         batch_size: samples at a time for the metric.
@@ -87,6 +92,7 @@ def evaluate(
         if type(value) is not int or value < 1:
             raise InputError(f"{name} must be a whole number above 0, got {value!r}")
     goal = get_task(task if task is not None else network.task)
+    kept = {} if sensitivity is None else kept_of(sensitivity, network, base)
     samples = data if isinstance(data, Data) else Data(data)
     first = _first(samples)
     bench = Bench(
@@ -114,6 +120,8 @@ def evaluate(
         verdict=verdict(limits, main["result"], main["baseline"], best),
         environment=environment(seed=seed),
         steps=_with_reasons(steps, plans),
+        sensitivity=sensitivity,
+        kept=kept,
         files=bench.files,
     )
 

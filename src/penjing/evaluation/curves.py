@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ _SMALL_ERROR, _SMALL_LOSS = 0.1, 0.02
 class Point:
     """One group with `removed` of its `size` units (entries of a weight) silenced, asked for as `ratio` of them.
 
-    `metric` is the task's (None without labels), `output_error` the mean over samples of ‖y − y₀‖ / ‖y₀‖ of the main
-    output.
+    `metric` is the task's (None without labels, or where it is not a finite number), `output_error` the mean over
+    samples of ‖y − y₀‖ / ‖y₀‖ of the main output.
     """
 
     group: str
@@ -39,10 +40,12 @@ class Point:
 class Sensitivity:
     """What `sensitivity` found: `rows`, group after group in the order of the network, ratio after ratio.
 
-    `metric` describes the network as it is: `{"name", "value", "unit", "higher_is_better"}`, None without labels.
+    `network` is the name of the network and `digest` its SHA-256. `metric` describes it as it is:
+    `{"name", "value", "unit", "higher_is_better"}`, None without labels.
     """
 
     network: str
+    digest: str
     kind: str
     criterion: str
     reconstruct: bool
@@ -73,9 +76,12 @@ class Sensitivity:
         return found
 
     def loss(self, point: Point) -> float:
-        """How much worse than the whole network a point is: of the metric, or its output error where there is none."""
-        if self.metric is None or point.metric is None:
+        """How much worse than the whole network a point is: of the metric (infinitely, where it is not a number), or
+        its output error where there is no metric."""
+        if self.metric is None:
             return point.output_error
+        if point.metric is None:
+            return math.inf
         change = float(self.metric["value"]) - point.metric
         return change if self.metric["higher_is_better"] else -change
 
@@ -89,23 +95,45 @@ class Sensitivity:
         return tuple(sorted(self.groups, key=harm, reverse=True)[:count])
 
     def spare(self, group: str) -> float:
-        """The largest ratio up to which the group costs next to nothing on its own: at most two points of a
-        fraction, two per cent of another metric, or an output error of 0.1 without labels."""
-        limit = _SMALL_ERROR
-        if self.metric is not None:
-            limit = _SMALL_LOSS if is_fraction(self.metric) else _SMALL_LOSS * abs(self.metric["value"])
+        """The largest ratio up to which the group costs next to nothing on its own: a loss of at most `small`."""
         best = 0.0
         for point in self.curve(group):
-            if self.loss(point) > limit + 1e-9:
+            if self.loss(point) > self.small + 1e-9:
                 break
             best = point.ratio
         return best
 
+    @property
+    def small(self) -> float:
+        """What counts as next to nothing: a loss of two points of a fraction, of two per cent of another metric, or
+        an output error of 0.1 without labels."""
+        if self.metric is None:
+            return _SMALL_ERROR
+        return _SMALL_LOSS if is_fraction(self.metric) else _SMALL_LOSS * abs(self.metric["value"])
+
     def show(self, point: Point) -> str:
-        """The metric of a point as text, or its output error where there is none."""
-        if self.metric is None or point.metric is None:
+        """The metric of a point as text (a dash where it is not a number), or its output error where there is none."""
+        if self.metric is None:
             return words.number(point.output_error)
         return words.metric_value({**self.metric, "value": point.metric})
+
+    def brief(self, point: Point) -> str:
+        """`show` in a few characters, without the unit that `measure` names: "93.4", "0.123", "–"."""
+        if self.metric is None or point.metric is None or not is_fraction(self.metric):
+            return self.show(point).removesuffix(f" {self._unit}")
+        return f"{100 * point.metric:.1f}"
+
+    @property
+    def measure(self) -> str:
+        """What the numbers of `brief` are: "accuracy in %", "PSNR in dB", "output error"."""
+        name = "output error" if self.metric is None else words.name_of(self.metric)
+        return f"{name} in {self._unit}" if self._unit else name
+
+    @property
+    def _unit(self) -> str:
+        if self.metric is None:
+            return ""
+        return "%" if is_fraction(self.metric) else str(self.metric.get("unit") or "")
 
     @property
     def what(self) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from penjing.evaluation import words
+from penjing.evaluation.curves import Sensitivity
 from penjing.evaluation.measurement import Measurement
 from penjing.files import appearing
 
@@ -73,6 +74,9 @@ class Report:
 
     ``str(report)`` is its headline with what a reader must not overlook; :meth:`to_dict` is report.json.
     ``penjing.report`` renders it as HTML and Markdown.
+
+    ``sensitivity`` holds the curves of the baseline, if they were measured, and ``kept`` how many units of each of
+    their groups the evaluated network still has.
     """
 
     network: dict[str, Any]
@@ -81,6 +85,8 @@ class Report:
     environment: dict[str, Any]
     steps: tuple[dict[str, Any], ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    kept: dict[str, int] = field(default_factory=dict)
     files: ArtifactFolder | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -118,7 +124,10 @@ class Report:
         return "\n".join([self.headline, *found])
 
     def to_dict(self) -> dict[str, Any]:
-        """report.json; numbers that do not exist are null."""
+        """report.json; numbers that do not exist are null.
+
+        ``sensitivity`` is null, or ``{"curves": what Sensitivity.to_dict gives, "kept": {group: units left}}``.
+        """
         targets = [target.to_dict() for target in self.targets]
         main = targets[0]
         found: dict[str, Any] = _plain(
@@ -132,6 +141,9 @@ class Report:
                 "result": main["result"],
                 "change": main["change"],
                 "steps": list(self.steps),
+                "sensitivity": None
+                if self.sensitivity is None
+                else {"curves": self.sensitivity.to_dict(), "kept": self.kept},
                 "verdict": self.verdict,
                 "artifacts": list(self.artifacts),
                 "targets": targets,

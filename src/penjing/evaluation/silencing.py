@@ -30,7 +30,7 @@ from penjing.analysis.sensitivity import (
     weight_parts,
 )
 from penjing.data import Data
-from penjing.errors import InputError, PenjingError
+from penjing.errors import DataError, InputError, PenjingError
 from penjing.evaluation.curves import SCHEMA, Point, Sensitivity
 from penjing.evaluation.describe import DataDigest, digest
 from penjing.evaluation.fidelity import compare_outputs
@@ -82,6 +82,11 @@ def sensitivity(
     Raises:
         InputError, DataError, RecipeError: settings that make no sense, samples that do not fit.
     """
+    if not isinstance(network, Network):
+        raise InputError(
+            f"sensitivity takes a Network, got {type(network).__name__}",
+            hint="network = pj.capture(model, inputs=(x,))",
+        )
     settings = _Settings(
         ratios=_ratios(ratios), kind=kind, criterion=criterion, reconstruct=reconstruct, where=where, samples=samples,
         seed=seed,
@@ -187,10 +192,7 @@ def _measure(
 ) -> Sensitivity:
     parts = _parts(network, task, settings, samples, progress)
     if not parts:
-        raise InputError(
-            f"{network.name} has nothing to silence that 'where' selects",
-            hint="print(network.groups()) lists the channel groups",
-        )
+        raise _nothing(network, settings)
     judged = samples.judged
     table = _Table(network, task, judged)
     for part, count, batch, outputs in silence(network, parts, [b.bound for b in judged], progress):
@@ -200,12 +202,17 @@ def _measure(
         for number, part in enumerate(parts)
         for ratio, count in zip(settings.ratios, part.counts, strict=True)
     ]
+    whole = table.mean(None)["metric"]
+    if task is not None and whole is None:
+        raise DataError(
+            f"the {task.metric} of {network.name} is not a number on these samples", hint="check the samples and labels"
+        )
     metric = None if task is None else {
-        "name": task.metric, "value": table.mean(None)["metric"], "unit": task.unit,
-        "higher_is_better": task.higher_is_better,
+        "name": task.metric, "value": whole, "unit": task.unit, "higher_is_better": task.higher_is_better,
     }  # fmt: skip
     return Sensitivity(
         network=network.name,
+        digest=digest(network),
         kind=settings.kind,
         criterion=settings.order,
         reconstruct=settings.reconstruct,
@@ -214,6 +221,19 @@ def _measure(
         metric=metric,
         rows=tuple(rows),
         inexact={part.name: part.inexact for part in parts if part.inexact},
+    )
+
+
+def _nothing(network: Network, settings: _Settings) -> InputError:
+    """Why there is not one curve."""
+    if settings.kind == "channels" and not any(g.size > 1 for g in network.groups()):
+        return InputError(
+            f"{network.name} has no channel groups, so no channels can be silenced",
+            hint="kind 'weights' silences single weights instead",
+        )
+    return InputError(
+        f"{network.name} has nothing to silence that 'where' selects",
+        hint="print(network.groups()) lists the channel groups",
     )
 
 

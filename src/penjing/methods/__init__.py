@@ -3,15 +3,19 @@ from here.
 """
 
 from penjing.methods.finetune import Finetune
+from penjing.methods.gradually import Gradually
 from penjing.methods.prune_channels import PruneChannels
 from penjing.methods.prune_heads import PruneHeads
 from penjing.methods.prune_layers import PruneLayers
 from penjing.methods.prune_weights import PruneWeights
 from penjing.methods.quantize import Quantize
+from penjing.methods.regularize import Regularize
+from penjing.methods.search_amount import SearchAmount
 from penjing.recipe import Plan, Recipe, Step
 
 __all__ = [
     "Finetune",
+    "Gradually",
     "Plan",
     "PruneChannels",
     "PruneHeads",
@@ -19,5 +23,7 @@ __all__ = [
     "PruneWeights",
     "Quantize",
     "Recipe",
+    "Regularize",
+    "SearchAmount",
     "Step",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Finetune(Step):
     norms' statistics follow the training samples; with `where`, only tensors it selects change. `precision="bf16"`
     multiplies in bfloat16: about twice as fast on processors that have it, slower on others.
     """
+
+    learns: ClassVar[bool] = True
 
     epochs: float = 2
     lr: float = 0.01
@@ -104,6 +106,7 @@ class Finetune(Step):
             keep=network.masks,
             frozen=lambda name: not matches(self.where, name),
             companions=(teacher,) if teacher is not None else (),
+            after_step=context.after_step,
             progress=context.progress,
             description=f"fine-tuning {network.name}",
         )
@@ -213,7 +216,7 @@ class Finetune(Step):
             new = after[name].detach().contiguous() if name in after else old
             if not old.is_floating_point() or not matches(self.where, name) or torch.equal(new, old):
                 continue
-            edits.append(SetWeights(parameter=name, value=new.clone()))
+            edits.append(SetWeights(parameter=name, value=new.clone(memory_format=torch.contiguous_format)))
             moved = float((new - old.detach()).norm() / old.detach().norm().clamp_min(1e-12))
             reasons.append(Reason(layer=name, score=moved, choice="trained", why="relative change"))
         losses = ", ".join(f"{value:.4g}" for value in trained.losses)

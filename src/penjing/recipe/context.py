@@ -8,14 +8,18 @@ from penjing.data import Data
 from penjing.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.task import Task
+from penjing.training import AfterStep
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a planner may look at besides the network: the original network, samples, the task, the seed."""
+    """What a planner may look at besides the network: the original network, samples, the task, the seed; and what a
+    Step that trains is to do after each training step.
+    """
 
     original: Network
     data: Data | None = None
     task: Task | None = None
     seed: int = 0
     progress: Progress = SILENT
+    after_step: AfterStep | None = None

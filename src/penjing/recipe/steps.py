@@ -36,6 +36,9 @@ class Step(ABC):
     #: footprint's count that stays, and "stays" that of anything else. Schedules and searches turn these.
     amounts: ClassVar[Mapping[str, str]] = {}
 
+    #: Whether this Step trains, and heeds `Context.after_step`.
+    learns: ClassVar[bool] = False
+
     where: str | list[str] = "*"
 
     def check(self, context: Context) -> None:  # noqa: B027  most Steps need nothing
@@ -126,9 +129,25 @@ class Step(ABC):
                 hint=did_you_mean(str(value), words),
             )
 
-    def require_share(self, field: str) -> None:
-        """Raises unless the field holds a Step that says how much it takes away."""
+    def require_whole(self, field: str, low: int) -> None:
+        """Raises unless the field is a whole number of at least `low`."""
+        value = getattr(self, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise RecipeError(f"{self.name}.{field} must be a whole number of at least {low}, got {value!r}")
+
+    def require_step(self, field: str) -> None:
+        """Raises unless the field holds a Step or None."""
         inner = getattr(self, field)
+        if inner is not None and not isinstance(inner, Step):
+            raise RecipeError(
+                f"{self.name}.{field} must be a Step or nothing, got {inner!r}", hint=did_you_mean(str(inner), STEPS)
+            )
+
+    def require_share(self, field: str) -> None:
+        """Raises unless the field holds a Step that says how much it takes away, and all of `where` is left to it."""
+        inner = getattr(self, field)
+        if self.where != "*":
+            raise RecipeError(f"{self.name}.where selects nothing, got {self.where!r}", hint=f"give it to {field}")
         able = ", ".join(n for n in STEPS if STEPS.get(n).amounts)
         if isinstance(inner, Step) and inner.share():
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,15 @@ def intervals(columns: Sequence[tuple[str, Values | None]]) -> Row | None:
     ]
     direction = "right is better" if found[0][1].get("higher_is_better", True) else "left is better"
     return {"label": capital(words.name_of(found[0][1])), "direction": direction, "marks": marks}
+
+
+def nice_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Three to five round values between `low` and `high` (above it), with their text."""
+    raw = (high - low) / 4.5
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [(number * step, f"{number * step:.6g}".replace("-", words.MINUS)) for number in range(first, last + 1)]
 
 
 def capital(text: str) -> str:

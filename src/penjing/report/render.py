@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from penjing.errors import InputError
-from penjing.evaluation import Report
+from penjing.evaluation import Report, Sensitivity
+from penjing.report.sensitivity import sensitivity_view
 from penjing.report.view import view
 
 _LOADER = jinja2.PackageLoader("penjing.report", "templates")
@@ -38,6 +41,16 @@ def render_markdown(report: Report | Mapping[str, Any]) -> str:
     return _TEXT.get_template("report.md.j2").render(_seen(report)).strip() + "\n"
 
 
+def render_sensitivity(curves: Sensitivity) -> str:
+    """One self-contained page of curves alone, drawn as they are in a report.
+
+    Raises:
+        InputError: there is not one curve.
+    """
+    seen = sensitivity_view({"curves": curves.to_dict()}, beside=False)
+    return _HTML.get_template("sensitivity.html.j2").render(sensitivity=seen)
+
+
 def _cell(value: object) -> str:
     """Text that neither ends a table's cell nor starts HTML or a link."""
     text = " ".join(str(value).split())
@@ -46,7 +59,13 @@ def _cell(value: object) -> str:
     return text
 
 
+def _breakable(name: str) -> Markup:
+    """The path of a layer, which may be broken behind its dots and underscores."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._])(?=.)", name))
+
+
 _TEXT.filters["cell"] = _cell
+_HTML.filters["breakable"] = _breakable
 
 
 def _seen(report: Report | Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from penjing.budget import is_fraction, parse_constraints
 from penjing.evaluation import words
 from penjing.report.charts import bars, capital, intervals
+from penjing.report.sensitivity import sensitivity_view
 
 Values = Mapping[str, Any]
 Row = dict[str, Any]
@@ -58,6 +59,7 @@ def view(report: Values) -> dict[str, Any]:
             f"{i['name']} {'×'.join(map(str, i['shape']))} {i['dtype']}" for i in network.get("inputs", ())
         ),
         "steps": [_step(step) for step in report.get("steps") or ()],
+        "sensitivity": sensitivity_view(report.get("sensitivity")),
         "artifacts": [_artifact(row) for row in report.get("artifacts") or ()],
         "facts": _facts(report),
         "glossary": _GLOSSARY,

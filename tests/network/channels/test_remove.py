@@ -15,7 +15,7 @@ from penjing.network import graph as flat
 from penjing.network.channels.groups import analyse, kept_indices
 from penjing.network.channels.remove import remove
 from penjing.testing.networks import ZOO
-from penjing.testing.oracles import TOLERANCE, Case, case, distance, duplicated, larger, masked, removal, run
+from penjing.testing.oracles import TOLERANCE, Case, captured, case, distance, duplicated, larger, masked, removal, run
 
 QUICK = [name for name, architecture in ZOO.items() if architecture.quick]
 WITH_HEADS = ["vit", "swin", "bert", "gpt2", "llama", "qwen3", "t5_encoder", "fused_attention", "wav2vec2"]
@@ -46,6 +46,23 @@ def test_shrunk_equals_duplicated(name: str) -> None:
     found = case(name)
     big, small = duplicated(found)
     compare(found, big, small)
+
+
+@pytest.mark.parametrize("name", [*QUICK, "detr", "conditional_detr", "sew_d", "clipseg", "dlrm"])
+def test_half_of_every_group_at_once(name: str) -> None:
+    """Also of those that no oracle fits: outputs keep their shapes, whatever the batch."""
+    network = captured(name)
+    groups = [g for g in network.groups() if g.size > 1]
+    halves = [
+        pj.network.RemoveChannels(parameter=m.parameter, dim=m.dim, indices=tuple(m.indices[::2].ravel().tolist()))
+        for m in (g.members[0] for g in groups)
+    ]
+    small = network.apply(halves)
+    for batch in (1, 3) if network.batch_is_dynamic else (network.inputs[0].shape[0],):
+        example = network.example(batch)
+        for before, after in zip(network.run(example), small.run(example), strict=True):
+            assert before.shape == after.shape
+    assert count(small.graph_module) < count(network.graph_module) or not groups
 
 
 @pytest.mark.parametrize("name", WITH_HEADS)

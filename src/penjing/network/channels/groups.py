@@ -220,7 +220,10 @@ def _build(tape: Tape, solution: Solution) -> tuple[Group, ...]:
     label = np.concatenate([np.arange(a.base, a.base + a.size) for a in tape.axes])
     axis = np.repeat(np.arange(len(tape.axes)), [a.size for a in tape.axes])
     owner = solution.classes[label]
-    chosen = touched[owner] & ~solution.pinned[owner]
+    # What only consumers know of is made by no parameter (similarities of activations): there is nothing to cut.
+    made = np.zeros(tape.count, np.bool_)
+    made[owner[~roles["consumer"][label] | roles["producer"][label]]] = True
+    chosen = touched[owner] & made[owner] & ~solution.pinned[owner]
     label, axis, owner = label[chosen], axis[chosen], owner[chosen]
     order = np.lexsort((label, axis, owner))
     label, axis, owner = label[order], axis[order], owner[order]

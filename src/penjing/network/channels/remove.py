@@ -54,10 +54,10 @@ def remove(graph_module: fx.GraphModule, groups: Groups, removals: Sequence[tupl
     new = {name: _shrink(tensor, kept.get(name, {})) for name, tensor in tensors.items()}
     try:
         graph, extra = _Shrinker(graph_module, groups, gone, tensors, new, single(groups.example)).run()
-    except (RuntimeError, IndexError, ValueError) as error:
-        try:  # a batch size written into the graph
+    except (RuntimeError, IndexError, ValueError, EditError):  # a batch size written into the graph
+        try:
             graph, extra = _Shrinker(graph_module, groups, gone, tensors, new, groups.example).run()
-        except (RuntimeError, IndexError, ValueError, EditError):
+        except (RuntimeError, IndexError, ValueError) as error:
             raise EditError(f"the network does not run without these channels: {str(error).splitlines()[0]}") from error
     new.update(extra)
     read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}

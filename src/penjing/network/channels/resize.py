@@ -362,3 +362,19 @@ def states(call: Resizing) -> fx.Node | None:
     given = list(hx) if isinstance(hx, list | tuple) else [hx]
     cut = [_cut(call, n, call.shrinker.after[call.shrinker.copies[n]].dim() - 1, size, kept) for n in given]
     return call.make(hx=cut if isinstance(hx, list | tuple) else cut[0])
+
+
+@resize("gather")
+def gathered(call: Resizing) -> fx.Node | None:
+    """Positions that were repeated for every head (along the batch) are repeated for those that are left."""
+    copy = call.shrinker.copies[call.args["index"]]
+    x, index = call.value("self"), call.value("index")
+    dim = int(call.value("dim")) % x.dim()
+    longer = [d for d in range(x.dim()) if d != dim and index.shape[d] > x.shape[d]]
+    if not longer or copy.target is not aten.expand.default:
+        return None
+    source, wanted = copy.args[:2]
+    sizes: list[Any] = list(wanted)  # type: ignore[arg-type]
+    for d in longer:
+        sizes[d] = call.shrinker.insert(aten.sym_size.int, call.shrinker.copies[call.args["self"]], d)
+    return call.make(index=call.shrinker.insert(aten.expand.default, source, sizes))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from penjing.network.channels.labels import Labels, Slots, Tape, compact, core, free, is_free
+from penjing.network.channels.labels import Labels, Slots, Tape, along, compact, core, free, is_free
 
 Rule = Callable[["Call"], Any]
 RULES: dict[str, Rule] = {}
@@ -228,3 +228,24 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
                 seen.add(used)
                 last.setdefault(node, []).append(used)
     return last
+
+
+def together(call: Call, known: list[Labels]) -> Slots:
+    """Labels of weight-like values that broadcast against one another."""
+    layers: list[Tensor] = []
+    operands = [call.tape.as_slots(t) for t in known]
+    for dim in range(len(call.shape)):
+        found: Tensor | None = None
+        for slots in operands:
+            d = dim - (len(call.shape) - len(slots.shape))
+            if d < 0 or slots.shape[d] != call.shape[dim]:
+                continue
+            vector = call.tape.axis(slots, d)
+            if not vector.any():
+                continue
+            if found is not None:
+                call.tape.union(found, vector)
+            found = vector if found is None else found
+        if found is not None:
+            layers.append(along(found, dim, call.shape))
+    return Slots(call.shape, tuple(layers))

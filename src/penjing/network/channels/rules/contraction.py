@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from penjing.network.channels.labels import Heads, Labels, Slots, Tape, along, core, free, is_free, varying
-from penjing.network.channels.rules.base import Call, rule
+from penjing.network.channels.rules.base import Call, rule, together
 
 
 def contract(call: Call, x: Labels, xl: str, y: Labels, yl: str, out: str, shape: Sequence[int]) -> Labels:
@@ -153,9 +153,8 @@ def product(call: Call) -> Labels:
     if bias is not None and call.has(bias):
         added = call.labels[bias]
         if isinstance(result, Slots):
-            call.pin(call.tape.elements(added), f"{call.name} adds to a product of parameters")
-        else:
-            return call.tape.combine([result, call.tape.elements(added)], call.shape, call.node.name, call.name)
+            return together(call, [result, added])
+        return call.tape.combine([result, call.tape.elements(added)], call.shape, call.node.name, call.name)
     return result
 
 

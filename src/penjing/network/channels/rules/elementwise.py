@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from penjing.network.channels.labels import Labels, Slots, along, core, free, is_free, varying
-from penjing.network.channels.rules.base import Call, opaque, rule, spread
+from penjing.network.channels.rules.base import Call, opaque, rule, spread, together
 from penjing.network.channels.rules.contraction import mask_elements
 
 
@@ -17,7 +17,7 @@ def pointwise(call: Call) -> Labels:
     """Operands of an elementwise operator share their channels."""
     known = call.tensors()
     if call.static and any(isinstance(t, Slots) for t in known):
-        return _weights(call, known)
+        return together(call, known)
     elements = [t for t in known if isinstance(t, Tensor) and not is_free(t)]
     widest = max(elements, key=lambda t: len(varying(t)), default=None)
     operands = [
@@ -25,26 +25,6 @@ def pointwise(call: Call) -> Labels:
         for t in known
     ]
     return call.tape.combine(operands, call.shape, call.node.name, call.name, call.static)
-
-
-def _weights(call: Call, known: list[Labels]) -> Slots:
-    layers: list[Tensor] = []
-    operands = [call.tape.as_slots(t) for t in known]
-    for dim in range(len(call.shape)):
-        found: Tensor | None = None
-        for slots in operands:
-            d = dim - (len(call.shape) - len(slots.shape))
-            if d < 0 or slots.shape[d] != call.shape[dim]:
-                continue
-            vector = call.tape.axis(slots, d)
-            if not vector.any():
-                continue
-            if found is not None:
-                call.tape.union(found, vector)
-            found = vector if found is None else found
-        if found is not None:
-            layers.append(along(found, dim, call.shape))
-    return Slots(call.shape, tuple(layers))
 
 
 @rule(
@@ -294,13 +274,17 @@ def glu(call: Call) -> Tensor:
     return call.tape.combine([a, b], call.shape, call.node.name, call.name)
 
 
+@rule("zeros_like", "empty_like")
+def zeros(call: Call) -> Any:
+    """Zeros get smaller with what they are like, and so does what reads them."""
+    return call.label("self")
+
+
 @rule(
-    "zeros_like",
     "ones_like",
     "full_like",
     "rand_like",
     "randn_like",
-    "empty_like",
     "new_zeros",
     "new_ones",
     "new_full",

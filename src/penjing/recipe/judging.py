@@ -1,0 +1,145 @@
+"""Judging networks on samples: the scores of a task, and a floor under their mean while Steps look for how much can go.
+
+A floor is a constraint of `penjing.budget` on the task's metric: "accuracy>=-1%" compares with the network that the
+Step was given, "accuracy>=91%" with nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from penjing.budget import Constraint, is_fraction, parse_constraints
+from penjing.data import Data
+from penjing.errors import BudgetError, DataError, RecipeError
+from penjing.network import Network
+from penjing.network.structure import substitute
+from penjing.progress import SILENT, Progress
+from penjing.recipe.context import Context
+from penjing.recipe.steps import Step
+from penjing.task import Task
+
+#: The share of the samples that is held out to judge by where nothing is said.
+HELD_OUT = 0.2
+_BATCH = 100
+
+
+def scores_of(
+    network: Network, data: Data, task: Task, *, limit: int | None = None, progress: Progress = SILENT
+) -> Tensor:
+    """The task's scores of all samples (or the first `limit`), shape (n,); their mean is the metric.
+
+    Raises DataError for samples without labels.
+    """
+    fixed = None if network.batch_is_dynamic else network.inputs[0].shape[0]
+    found: list[Tensor] = []
+    with torch.no_grad(), progress.task(f"{task.metric} of {network.name}", None) as advance:
+        for inputs, labels in data.batches(fixed or _BATCH, limit=limit):
+            if labels is None:
+                raise DataError(f"the task '{task.name}' needs labels, but the data has none")
+            found.append(torch.as_tensor(task.scores(_outputs(network, inputs, fixed), labels)).flatten())
+            advance(len(found[-1]))
+    return torch.cat(found)
+
+
+def _outputs(network: Network, inputs: Any, fixed: int | None) -> Any:
+    """Outputs in their structure; the last samples of a network that takes `fixed` at once are repeated to fill up."""
+    count = len(next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)))
+    if fixed is None or count >= fixed:
+        flat = network.run(inputs)
+    else:
+        fill = torch.arange(fixed) % count
+        filled = pytree.tree_map(lambda t: t[fill] if isinstance(t, Tensor) and len(t) == count else t, inputs)
+        flat = tuple(t[:count] if t.ndim and len(t) == fixed else t for t in network.run(filled))
+    return substitute(network.structure_out, dict(zip(network.output_names, flat, strict=True)))
+
+
+def read_floor(step: Step, text: str) -> Constraint:
+    """The one constraint on a metric that the field `floor` of `step` holds; raises RecipeError for anything else."""
+    hint = "write it like 'accuracy>=-1%' (beside the network as it came) or 'accuracy>=91%'"
+    if not isinstance(text, str):
+        raise RecipeError(f"{step.name}.floor must be a constraint, got {text!r}", hint=hint)
+    try:
+        constraints = parse_constraints(text)
+    except BudgetError as error:
+        raise RecipeError(f"{step.name}.floor: {error.message}", hint=error.hint) from error
+    if len(constraints) > 1:
+        raise RecipeError(f"{step.name}.floor is one constraint, got {len(constraints)}: {text!r}", hint=hint)
+    if constraints[0].quantity != "metric":
+        raise RecipeError(f"{step.name}.floor must be about the task's metric, got {text!r}", hint=hint)
+    return constraints[0]
+
+
+def require_judge(step: Step, text: str, context: Context) -> None:
+    """Raises DataError or RecipeError unless the samples and the task of `context` can be held against a floor."""
+    constraint = read_floor(step, text)
+    if context.data is None:
+        raise DataError(f"{step.name}.floor needs samples to judge by and no data was given")
+    if context.task is None:
+        raise RecipeError(f"{step.name}.floor needs a task to judge by, and none was given", hint="give a task")
+    if next(context.data.batches(1, limit=1))[1] is None:
+        raise DataError(f"{step.name}.floor needs labels and the data has none", hint="give labelled samples")
+    made_up = _measured(context.task, 1.0)
+    try:
+        constraint.check(made_up, made_up)
+    except BudgetError as error:
+        raise RecipeError(f"{step.name}.floor: {error.message}", hint=error.hint) from error
+    if constraint.at_most == context.task.higher_is_better:
+        better, sign = ("higher", ">=") if context.task.higher_is_better else ("lower", "<=")
+        raise RecipeError(
+            f"{step.name}.floor must hold {context.task.metric} with {sign}, got {text!r}",
+            hint=f"{better} is better for the task '{context.task.name}'",
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a floor is `met`, and what was measured, in words."""
+
+    met: bool
+    words: str
+
+
+class Judge:
+    """Holds networks against a floor, on samples that the Steps that made them never saw.
+
+    `held` are one or several folds of samples; with several, the mean of their metrics must meet the floor.
+    """
+
+    def __init__(
+        self, constraint: Constraint, task: Task, held: Sequence[Data], network: Network, progress: Progress = SILENT
+    ) -> None:
+        self.constraint, self._task, self._held, self._progress = constraint, task, held, progress
+        self._before = statistics.fmean(self._folds([network] * len(held)))
+
+    def judge(self, networks: Iterable[Network]) -> Verdict:
+        """The verdict on `networks`, one for every fold."""
+        folds = self._folds(networks)
+        now = statistics.fmean(folds)
+        row = self.constraint.check(_measured(self._task, now), _measured(self._task, self._before))
+        words = f"{self._task.metric} {self._shown(self._before)} → {self._shown(now)}"
+        if len(folds) > 1:
+            error = statistics.stdev(folds) / len(folds) ** 0.5
+            words += f" ± {self._shown(error)} (standard error of {len(folds)} folds)"
+        return Verdict(bool(row["met"]), words)
+
+    def _folds(self, networks: Iterable[Network]) -> list[float]:
+        return [
+            float(scores_of(n, data, self._task, progress=self._progress).double().mean())
+            for n, data in zip(networks, self._held, strict=True)
+        ]
+
+    def _shown(self, value: float) -> str:
+        fraction = is_fraction(_measured(self._task, value)["metric"])
+        return f"{value:.2%}" if fraction else f"{value:.4g} {self._task.unit}".rstrip()
+
+
+def _measured(task: Task, value: float) -> dict[str, Any]:
+    """A metric in report.json's form."""
+    return {"metric": {"name": task.metric, "value": value, "unit": task.unit}}
