@@ -16,6 +16,7 @@ from torch import nn
 import penjing as pj
 from penjing.network.network import Network
 from penjing.runtimes import RUNTIMES
+from penjing.testing.oracles import captured
 
 
 class Sequence(nn.Module):
@@ -122,6 +123,21 @@ def test_file_computes_what_the_network_computes(network: Network, runtime: str,
         for want, got in zip(network.run(flat), found, strict=True):
             assert got.dtype == want.numpy().dtype
             np.testing.assert_allclose(got, want.numpy(), rtol=1e-3, atol=1e-4 * float(want.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_layouts_that_the_trace_takes_for_granted(runtime: str, tmp_path: Path) -> None:
+    """T5 makes its attention's output contiguous; the trace sees no need, the exporter's decomposition does."""
+    engine = RUNTIMES.get(runtime)
+    assert engine.export(captured("t5_encoder"), tmp_path / f"net{engine.suffix}").parity.max_rel < 1e-4
+
+
+def test_what_openvino_cannot_translate_is_named(tmp_path: Path) -> None:
+    """A pool wider than its picture, as EfficientNets of transformers have it on small pictures."""
+    pool = pj.capture(nn.AvgPool2d(16, ceil_mode=True), inputs=(torch.rand(2, 3, 4, 4),), name="pool")
+    with pytest.raises(pj.PenjingError, match="openvino has no translation for these operators .* AveragePool"):
+        RUNTIMES.get("openvino").export(pool, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_padding_goes_into_the_convolution(tmp_path: Path) -> None:

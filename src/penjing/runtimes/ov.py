@@ -7,6 +7,7 @@ there the weights must be chosen safely (the Quantize step does) or the parity g
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from penjing.errors import ExportError
 from penjing.runtimes import onnx_graph
 from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, register
 from penjing.runtimes.onnx_passes import Dialect
@@ -153,6 +155,12 @@ class OpenVino(Runtime):
         try:
             return OpenVinoSession(core.read_model(source), core, target)
         except RuntimeError as error:
+            refused = re.search(r"Conversion is failed for: (.+)", str(error))
+            if refused:
+                raise ExportError(
+                    f"openvino has no translation for these operators of {path.name!r}: {refused[1]}",
+                    hint="other runtimes may run this network: onnxruntime, torch",
+                ) from error
             raise self._damaged(path, error) from error
 
     def float_precisions(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from penjing.errors import ExportError
 if TYPE_CHECKING:
     from penjing.network import Network
 
+aten = torch.ops.aten
 _quantized = torch.ops.quantized_decomposed
 _FULL_RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int16: (-32768, 32767), torch.uint16: (0, 65535)}
 
@@ -42,7 +43,7 @@ def program(network: Network) -> torch.export.ExportedProgram:
 
     Raises ExportError if torch cannot trace the graph again.
     """
-    module = _with_explicit_ranges(network.graph_module)
+    module = _explicit(network.graph_module)
     example = tuple(network.bind(network.example(2)).values())
     free = tuple({d: torch.export.Dim.AUTO for d in spec.dynamic} for spec in network.inputs)
     try:
@@ -85,8 +86,13 @@ def tensor_names(traced: torch.export.ExportedProgram) -> dict[str, str]:
     }
 
 
-def _with_explicit_ranges(module: fx.GraphModule) -> fx.GraphModule:
-    """QuantizeLinear knows only the range of its type: grids that use less get a clamp in front (same numbers)."""
+def _explicit(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with what exporters would lose written out.
+
+    QuantizeLinear knows only the range of its type: grids that use less get a clamp in front. A `contiguous` that the
+    trace sees no need for would go, although the layout that made it needless (attention's own) is not that of what the
+    exporter puts there: it becomes a copy.
+    """
 
     def narrow(node: fx.Node) -> bool:
         if node.target is not _quantized.quantize_per_tensor.default:
@@ -94,7 +100,7 @@ def _with_explicit_ranges(module: fx.GraphModule) -> fx.GraphModule:
         *_, low, high, dtype = node.args
         return (low, high) != _FULL_RANGE.get(dtype, (low, high))  # type: ignore[arg-type]
 
-    if not any(narrow(n) for n in module.graph.nodes):
+    if not any(narrow(n) or n.target is aten.contiguous.default for n in module.graph.nodes):
         return module
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
@@ -103,5 +109,8 @@ def _with_explicit_ranges(module: fx.GraphModule) -> fx.GraphModule:
             value, scale, zero, low, high, _ = node.args
             with graph.inserting_before(node):
                 limits = ((low - zero) * scale, (high - zero) * scale)
-                node.update_arg(0, graph.call_function(torch.ops.aten.clamp.default, (value, *limits)))
+                node.update_arg(0, graph.call_function(aten.clamp.default, (value, *limits)))
+        elif node.target is aten.contiguous.default:
+            node.target, node.args = aten.clone.default, node.args[:1]
+            node.kwargs = {"memory_format": torch.contiguous_format}
     return fx.GraphModule(module, graph)

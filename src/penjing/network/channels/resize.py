@@ -366,15 +366,19 @@ def states(call: Resizing) -> fx.Node | None:
 
 @resize("gather")
 def gathered(call: Resizing) -> fx.Node | None:
-    """Positions that were repeated for every head (along the batch) are repeated for those that are left."""
-    copy = call.shrinker.copies[call.args["index"]]
-    x, index = call.value("self"), call.value("index")
-    dim = int(call.value("dim")) % x.dim()
-    longer = [d for d in range(x.dim()) if d != dim and index.shape[d] > x.shape[d]]
-    if not longer or copy.target is not aten.expand.default:
+    """Positions that are the same for every channel, or every head along the batch, are those of what is left."""
+    x, index, dim = call.value("self"), call.value("index"), int(call.value("dim"))
+    longer = [d for d in range(x.dim()) if d != dim % x.dim() and index.shape[d] > x.shape[d]]
+    if not longer:
         return None
-    source, wanted = copy.args[:2]
-    sizes: list[Any] = list(wanted)  # type: ignore[arg-type]
-    for d in longer:
-        sizes[d] = call.shrinker.insert(aten.sym_size.int, call.shrinker.copies[call.args["self"]], d)
-    return call.make(index=call.shrinker.insert(aten.expand.default, source, sizes))
+    copy = call.shrinker.copies[call.args["index"]]
+    if copy.target is aten.expand.default:
+        source, wanted = copy.args[:2]
+        sizes: list[Any] = list(wanted)  # type: ignore[arg-type]
+        for d in longer:
+            sizes[d] = call.shrinker.insert(aten.sym_size.int, call.shrinker.copies[call.args["self"]], d)
+        return call.make(index=call.shrinker.insert(aten.expand.default, source, sizes))
+    for d, indices in call.shrinker.all_kept(call.node):
+        if d in longer:
+            copy = call.chosen(copy, d, indices)
+    return call.make(index=copy)

@@ -184,7 +184,7 @@ def dac_decoder() -> Made:
 def clap_audio() -> Made:
     sizes = {
         "spec_size": 32, "num_mel_bins": 8, "patch_size": 4, "patch_stride": [4, 4], "window_size": 4,
-        "hidden_size": 32, "patch_embeds_hidden_size": 8, "depths": [1, 1], "num_attention_heads": [2, 2],
+        "hidden_size": 16, "patch_embeds_hidden_size": 8, "depths": [1, 1], "num_attention_heads": [2, 2],
         "projection_dim": 8, "num_hidden_layers": 2, "aff_block_r": 2,
     }  # fmt: skip
     model = make("ClapAudioModelWithProjection", **sizes)

@@ -52,7 +52,8 @@ def deformable_detr() -> Made:
     backbone = {
         "backbone_config": resnet_backbone("stage2", "stage3", "stage4"), "use_timm_backbone": False, "backbone": None,
     }  # fmt: skip
-    model = make("DeformableDetrForObjectDetection", num_feature_levels=4, **backbone, **SMALL_DETR)
+    sizes = SMALL_DETR | {"d_model": 32, "decoder_layers": 2}  # its norms have 32 groups
+    model = make("DeformableDetrForObjectDetection", num_feature_levels=4, **backbone, **sizes)
     return images(model, 64, ("logits", "pred_boxes"))
 
 
@@ -72,7 +73,7 @@ def rt_detr() -> Made:
         "encoder_hidden_dim": 16, "encoder_in_channels": [16, 24, 32], "encoder_ffn_dim": 24, "d_model": 16,
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "decoder_layers": 1,
         "num_queries": 5, "decoder_in_channels": [16, 16, 16], "num_denoising": 0, "decoder_n_points": 2,
-        "learn_initial_query": True, "anchor_image_size": [64, 64],
+        "anchor_image_size": [64, 64],
     }  # fmt: skip
     return images(make("RTDetrForObjectDetection", backbone_config=backbone, **sizes), 64, ("logits", "pred_boxes"))
 
@@ -105,7 +106,7 @@ def maskformer() -> Made:
             use_timm_backbone=False, backbone_config=resnet_backbone("stage4"), backbone=None, **SMALL_DETR
         )
     )
-    sizes = {"fpn_feature_size": 16, "mask_feature_size": 16}
+    sizes = {"fpn_feature_size": 32, "mask_feature_size": 32}  # its norms have 32 groups
     model = make("MaskFormerForInstanceSegmentation", backbone_config=swin_backbone(), decoder_config=decoder, **sizes)
     return images(model, 64, ("class_queries_logits", "masks_queries_logits"))
 
@@ -113,7 +114,7 @@ def maskformer() -> Made:
 @entry("segmentation")
 def mask2former() -> Made:
     sizes = {
-        "feature_size": 16, "mask_feature_size": 16, "hidden_dim": 16, "encoder_feedforward_dim": 24,
+        "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 24,
         "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "dim_feedforward": 24, "num_queries": 5,
     }  # fmt: skip
     model = make("Mask2FormerForUniversalSegmentation", backbone_config=swin_backbone(), **sizes)

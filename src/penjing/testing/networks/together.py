@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from penjing.testing.networks.base import Made, entry
 from penjing.testing.networks.small import SMALL, WORDS, Pick, images, make
@@ -46,7 +47,7 @@ def align() -> Made:
         "in_channels": [16, 8], "out_channels": [8, 16], "kernel_sizes": [3, 3], "strides": [1, 2],
         "num_block_repeats": [1, 1], "expand_ratios": [1, 4], "depthwise_padding": [],
     }  # fmt: skip
-    model = make("AlignModel", text_config=TEXT, vision_config=vision, projection_dim=16)
+    model = make("AlignModel", text_config=TEXT, vision_config=vision, projection_dim=8)
     return Pick(model, ("input_ids", "pixel_values"), EMBEDS), (sentence(), picture(32))
 
 
@@ -115,10 +116,22 @@ def lxmert() -> Made:
     return Pick(model, arguments, ("language_output", "vision_output", "pooled_output")), inputs
 
 
+class Boxed(nn.Module):
+    """Any four numbers make a box whose right is not left of its left."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, corners: Tensor) -> Tensor:
+        result: Tensor = self.model(ids, corners.sort(-1).values)
+        return result
+
+
 @entry("multi-modal")
 def layoutlm() -> Made:
     model = make("LayoutLMForTokenClassification", max_2d_position_embeddings=20, **TEXT)
-    return Pick(model, ("input_ids", "bbox"), "logits"), (sentence(), torch.randint(0, 9, (2, 6, 4)).sort(-1).values)
+    return Boxed(Pick(model, ("input_ids", "bbox"), "logits")), (sentence(), torch.randint(0, 9, (2, 6, 4)))
 
 
 @entry("multi-modal")
@@ -151,7 +164,7 @@ def llava() -> Made:
 def clap() -> Made:
     audio = {
         "spec_size": 32, "num_mel_bins": 8, "patch_size": 4, "patch_stride": [4, 4], "window_size": 4,
-        "hidden_size": 32, "patch_embeds_hidden_size": 8, "depths": [1, 1], "num_attention_heads": [2, 2],
+        "hidden_size": 16, "patch_embeds_hidden_size": 8, "depths": [1, 1], "num_attention_heads": [2, 2],
         "num_hidden_layers": 2,
     }  # fmt: skip
     text = TEXT | {"projection_dim": 8}
