@@ -187,3 +187,11 @@ _COUNTS: dict[str, Callable[[Sequence[Any], dict[str, Any], Any], int]] = {
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     "einsum": _contraction,
 }
+
+
+def shrinkage(before: Footprint, after: Footprint) -> list[str]:
+    """In words, what became of parameters and multiply-accumulates."""
+    return [
+        f"parameters {before.parameters:,} → {after.parameters:,} ({after.parameters / max(before.parameters, 1):.1%})",
+        f"multiply-accumulates {before.macs:,} → {after.macs:,} ({after.macs / max(before.macs, 1):.1%})",
+    ]

@@ -11,22 +11,20 @@ from torch import Tensor
 
 from penjing.analysis.blockwise import optimise_blocks
 from penjing.analysis.costs import exact_costs, stored_bytes
-from penjing.analysis.footprint import Footprint, footprint
-from penjing.analysis.gradients import gradients
+from penjing.analysis.footprint import Footprint, footprint, shrinkage
 from penjing.analysis.ranking import Ranked, rank
 from penjing.analysis.reconstruct import Refit, refit_readers
-from penjing.analysis.samples import bind_all, room_for
 from penjing.analysis.shrinking import Shrunk, shrink_evenly, shrink_to, vector_multiples
 from penjing.errors import RecipeError
 from penjing.network import Network, SetWeights
 from penjing.network.channels.groups import Group, kept_values
 from penjing.progress import Progress
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.recipe.samples import bound_samples, loss_gradients
 from penjing.runtimes import Target
 from penjing.runtimes.layer_latency import latency_cost
 from penjing.tensors.criteria import CRITERIA, ELIMINATION, require_samples
 
-_GRADIENT_BATCHES = 6
 #: Samples a step of block-wise optimisation looks at.
 _BLOCK_BATCH = 32
 
@@ -129,19 +127,14 @@ class PruneChannels(Step):
             size,
             by_cost=by_cost,
             refitted=bool(self.reconstruct),
-            gradients=_gradients(network, context) if "gradients" in CRITERIA.get(self.criterion).needs else (),
+            gradients=loss_gradients(network, context) if "gradients" in CRITERIA.get(self.criterion).needs else (),
             seed=context.seed,
             progress=context.progress,
         )
         shrunk = self._shrink(network, ranked, size, context.progress)
         refit = self._refit(network, ranked, shrunk, batches, context) if self.reconstruct and batches else Refit()
         refitted = tuple(SetWeights(parameter=name, value=value) for name, value in refit.tensors.items())
-        after = footprint(shrunk.network)
-        notes.insert(
-            0, f"parameters {size.parameters:,} → {after.parameters:,} ({after.parameters / size.parameters:.1%})"
-        )
-        notes[1:1] = shrunk.notes
-        notes.insert(1, f"multiply-accumulates {size.macs:,} → {after.macs:,} ({after.macs / max(size.macs, 1):.1%})")
+        notes[:0] = [*shrinkage(size, footprint(shrunk.network)), *shrunk.notes]
         reasons = self._reasons(network, ranked, shrunk.counts, refit)
         return Plan(step=self, edits=(*shrunk.removals, *refitted), reasons=reasons, notes=tuple(notes))
 
@@ -160,10 +153,7 @@ class PruneChannels(Step):
                 notes.append("no samples were given: criterion 'obs' judges by 'l2' instead")
             return []
         most = _BLOCK_BATCH if self.reconstruct == "blockwise" else 100
-        count, batch = room_for(network, size, self.samples, most)
-        if count < self.samples:
-            notes.append(f"{count} samples instead of {self.samples}, to fit in memory")
-        return bind_all(network, context.data.batches(batch, shuffle=True, seed=context.seed, limit=count))
+        return bound_samples(network, context, size, self.samples, notes, most)
 
     @property
     def _budgets(self) -> list[str]:
@@ -241,11 +231,3 @@ class PruneChannels(Step):
                 if pinned.operator or "kernel" not in pinned.reason:
                     stay.setdefault(f"{parameter} dim {dim}", why)
         return (*reasons, *(Reason(layer=layer, choice="stays", why=why) for layer, why in stay.items()))
-
-
-def _gradients(network: Network, context: Context) -> list[dict[str, Tensor]]:
-    """Gradients of the task's loss by parameter, one dictionary a batch."""
-    if context.data is None or context.task is None:
-        return []
-    drawn = context.data.batches(64, shuffle=True, seed=context.seed, limit=64 * _GRADIENT_BATCHES)
-    return gradients(network, drawn, context.task.loss)

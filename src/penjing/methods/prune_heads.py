@@ -8,22 +8,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from penjing.analysis.footprint import Footprint, footprint
-from penjing.analysis.gradients import gradients
+from penjing.analysis.footprint import Footprint, footprint, shrinkage
 from penjing.analysis.ranking import Ranked, rank
 from penjing.analysis.reconstruct import Refit, refit_readers
-from penjing.analysis.samples import bind_all, room_for
 from penjing.analysis.shrinking import Shrunk, removals_of, shrink_evenly
 from penjing.errors import RecipeError
 from penjing.network import Network, SetWeights
 from penjing.network.channels.groups import Group
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.recipe.samples import bound_samples, loss_gradients
 from penjing.tensors.allocation import CostModel, Share, greedy
 from penjing.tensors.criteria import CRITERIA, ELIMINATION, require_samples
 
 _SCOPES = ("layer", "global")
-_GRADIENT_BATCH = 64
-_GRADIENT_BATCHES = 6
 
 
 @step
@@ -85,19 +82,17 @@ class PruneHeads(Step):
             size,
             by_cost=self.scope == "global",
             refitted=self.reconstruct,
-            gradients=_gradients(network, context) if "gradients" in CRITERIA.get(self.criterion).needs else (),
+            gradients=loss_gradients(network, context) if "gradients" in CRITERIA.get(self.criterion).needs else (),
             seed=context.seed,
             progress=context.progress,
         )
         shrunk = self._shrink(network, ranked)
         refit = self._refit(network, ranked, shrunk, batches, context)
         refitted = tuple(SetWeights(parameter=name, value=value) for name, value in refit.tensors.items())
-        after = footprint(shrunk.network)
         had, kept = sum(g.size for g in groups), sum(shrunk.counts.values())
         notes[:0] = [
             f"heads {had} → {kept}",
-            f"parameters {size.parameters:,} → {after.parameters:,} ({after.parameters / size.parameters:.1%})",
-            f"multiply-accumulates {size.macs:,} → {after.macs:,} ({after.macs / max(size.macs, 1):.1%})",
+            *shrinkage(size, footprint(shrunk.network)),
         ]
         reasons = tuple(self._reason(r, shrunk.counts[r.group.name], refit) for r in ranked)
         return Plan(step=self, edits=(*shrunk.removals, *refitted), reasons=reasons, notes=tuple(notes))
@@ -116,10 +111,7 @@ class PruneHeads(Step):
             if self.criterion == ELIMINATION:
                 notes.append("no samples were given: criterion 'obs' judges by 'l2' instead")
             return []
-        count, batch = room_for(network, size, self.samples)
-        if count < self.samples:
-            notes.append(f"{count} samples instead of {self.samples}, to fit in memory")
-        return bind_all(network, context.data.batches(batch, shuffle=True, seed=context.seed, limit=count))
+        return bound_samples(network, context, size, self.samples, notes)
 
     def _shrink(self, network: Network, ranked: Sequence[Ranked]) -> Shrunk:
         if self.scope == "layer":
@@ -155,12 +147,3 @@ class PruneHeads(Step):
         if fitted:
             why += f"; projection refitted, error {max(f[0] for f in fitted):.3g} → {max(f[1] for f in fitted):.3g}"
         return Reason(layer=r.group.name, score=r.sensitivity, choice=f"{kept}/{size} heads kept", why=why)
-
-
-def _gradients(network: Network, context: Context) -> list[dict[str, Tensor]]:
-    """Gradients of the task's loss by parameter, one dictionary a batch."""
-    if context.data is None or context.task is None:
-        return []
-    limit = _GRADIENT_BATCH * _GRADIENT_BATCHES
-    drawn = context.data.batches(_GRADIENT_BATCH, shuffle=True, seed=context.seed, limit=limit)
-    return gradients(network, drawn, context.task.loss)

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from penjing.analysis.footprint import Footprint, footprint
+from penjing.analysis.footprint import Footprint, footprint, shrinkage
 from penjing.analysis.residuals import Residual, choose, find_residuals, last_norms, turning, without_blocks
-from penjing.analysis.samples import bind_all, room_for
 from penjing.errors import RecipeError
 from penjing.network import Network
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.recipe.samples import bound_samples
 from penjing.training import call
 
 _CRITERIA = ("similarity", "output", "metric")
@@ -87,11 +87,9 @@ class PruneLayers(Step):
         notes: list[str] = []
         gone, scores, why = self._choose(network, blocks, count, context, size, notes)
         edits = without_blocks(known, gone)
-        after = footprint(network.apply(edits))
         notes[:0] = [
             f"blocks {len(known)} → {len(known) - len(gone)}",
-            f"parameters {size.parameters:,} → {after.parameters:,} ({after.parameters / size.parameters:.1%})",
-            f"multiply-accumulates {size.macs:,} → {after.macs:,} ({after.macs / max(size.macs, 1):.1%})",
+            *shrinkage(size, footprint(network.apply(edits))),
         ]
         reasons = tuple(
             Reason(layer=b.name, score=scores[b.name], choice="goes" if b in gone else "stays", why=why)
@@ -138,10 +136,7 @@ class PruneLayers(Step):
         return gone, scores, f"{why} and those gone before"
 
     def _samples(self, network: Network, context: Context, size: Footprint) -> list[dict[str, Tensor]]:
-        if context.data is None:
-            return []
-        count, batch = room_for(network, size, self.samples, _BATCH)
-        return bind_all(network, context.data.batches(batch, shuffle=True, seed=context.seed, limit=count))
+        return bound_samples(network, context, size, self.samples, [], _BATCH)
 
     def _output_error(self, network: Network, context: Context, size: Footprint) -> Callable[[Network], float]:
         """The squared error of a network's outputs, in shares of their variance."""
