@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import fx
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, fx
 
 from penjing.network import Network
 from penjing.network import graph as flat
 
+#: Least mean correlation of channels that are taken for the same.
+_LIKENESS = 0.5
 _SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
 
@@ -24,16 +28,38 @@ def exposing(network: Network, values: Sequence[str]) -> Network:
 
 
 @torch.no_grad()
-def shared_sums(one: Network, other: Network) -> list[str]:
-    """The sums of two activations (the residual stream) that both networks have under one name and in one shape."""
+def shared_sums(one: Network, other: Network, inputs: Any) -> dict[str, tuple[int, Tensor] | None]:
+    """The sums of two activations (the residual stream) that both networks have under one name.
+
+    None for those of one shape. Where `one` has fewer channels, (dimension, the channels of `other` that are most like
+    its own on `inputs`): by correlation, each taken once. Left out is what has no such likeness.
+    """
     names = [n.name for n in one.graph_module.graph.nodes if _is_sum(n)]
     also = {n.name for n in other.graph_module.graph.nodes if _is_sum(n)}
     names = [n for n in names if n in also]
-    inputs = one.example(2)
-    shapes = [
-        [v.shape for v in exposing(network, names).run(inputs)[len(network.output_names) :]] for network in (one, other)
-    ]
-    return [n for n, a, b in zip(names, *shapes, strict=True) if a == b and len(a) > 1]
+    values = [exposing(network, names).run(inputs)[len(network.output_names) :] for network in (one, other)]
+    found: dict[str, tuple[int, Tensor] | None] = {}
+    for name, a, b in zip(names, *values, strict=True):
+        if a.shape == b.shape and a.ndim > 1:
+            found[name] = None
+        elif a.ndim == b.ndim and (alike := _alike(a, b)) is not None:
+            found[name] = alike
+    return found
+
+
+def _alike(a: Tensor, b: Tensor) -> tuple[int, Tensor] | None:
+    """The dimension along which `a` has fewer channels than `b`, and which of `b` they are most like."""
+    dims = [d for d in range(a.ndim) if a.shape[d] != b.shape[d]]
+    if len(dims) != 1 or dims[0] == 0 or a.shape[dims[0]] > b.shape[dims[0]]:
+        return None
+    rows = [x.movedim(dims[0], 0).flatten(1).double() for x in (a, b)]
+    rows = [r - r.mean(1, keepdim=True) for r in rows]
+    rows = [r / r.norm(dim=1, keepdim=True).clamp_min(1e-12) for r in rows]
+    likeness = rows[0] @ rows[1].T
+    mine, theirs = linear_sum_assignment(likeness.numpy(), maximize=True)
+    if float(likeness[mine, theirs].mean()) < _LIKENESS:
+        return None
+    return dims[0], torch.as_tensor(theirs)
 
 
 def _is_sum(node: fx.Node) -> bool:

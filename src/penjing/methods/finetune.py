@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -25,6 +25,8 @@ from penjing.training import AUGMENTATIONS, OPTIMIZERS, PRECISIONS, Batch, Train
 _CLASSES = {"classification": 1, "segmentation": 1, "language-modelling": -1}
 #: The teacher's answers are kept, instead of asked for every epoch, while samples and answers stay below this.
 _CACHE_BYTES = 2 << 30
+#: Samples on which channels of student and teacher are compared.
+_LIKENESS_SAMPLES = 64
 
 
 @step
@@ -35,9 +37,10 @@ class Finetune(Step):
     `teacher="original"` adds the answers of the network that the recipe started from as soft labels at
     `temperature`, with the weight `alpha` (the labels get 1 - alpha). Without a task or without labels only the
     teacher is followed, which needs no labels at all. `hints` weighs a further term: the mean relative squared
-    error at the residual sums that both networks still have in the same shape (Romero et al. 2015, "FitNets",
-    without adapters). Weights that an earlier step masked stay zero. `augment="flip-crop"` varies images. The
-    norms' statistics follow the training samples; with `where`, only tensors it selects change. `precision="bf16"`
+    error at the residual sums that both networks have (Romero et al. 2015, "FitNets", without adapters), in the
+    channels that are still there: those that correlate. Weights that an earlier step masked stay zero.
+    `augment="flip-crop"` varies images. The norms' statistics follow the training samples; with `where`, only tensors
+    it selects change. `precision="bf16"`
     multiplies in bfloat16: about twice as fast on processors that have it, slower on others.
     """
 
@@ -77,19 +80,21 @@ class Finetune(Step):
         self._fits(network)
         data = cast(Data, context.data)
         looked_at, taught = network, context.original
+        sums: dict[str, tuple[int, Tensor] | None] = {}
         if self.hints:
-            sums = shared_sums(network, context.original)
+            count = _LIKENESS_SAMPLES if network.batch_is_dynamic else network.inputs[0].shape[0]
+            sums = shared_sums(network, context.original, data.first(count))
             if not sums:
                 raise RecipeError(
                     f"Finetune.hints finds no residual sum that {network.name} and its original share",
-                    hint="prune inside of the blocks only, or leave hints away",
+                    hint="leave hints away",
                 )
-            looked_at, taught = exposing(network, sums), exposing(context.original, sums)
+            looked_at, taught = exposing(network, list(sums)), exposing(context.original, list(sums))
         student = looked_at.module()
         teacher = taught.module() if self.teacher else None
         fast = _channels_last(data, student, *([teacher] if teacher else []))
         batches, known_answers = self._batches(data, teacher, context, fast)
-        loss = self._loss(network, context, None if known_answers else teacher)
+        loss = self._loss(network, context, None if known_answers else teacher, sums)
         trained = train(
             student,
             batches,
@@ -176,7 +181,11 @@ class Finetune(Step):
         return of_epoch, cached is not None
 
     def _loss(
-        self, network: Network, context: Context, teacher: nn.Module | None
+        self,
+        network: Network,
+        context: Context,
+        teacher: nn.Module | None,
+        sums: Mapping[str, tuple[int, Tensor] | None],
     ) -> Callable[[nn.Module, Batch], Tensor]:
         task = context.task
         dim = _CLASSES.get((task.name if task else network.task) or "")
@@ -192,7 +201,7 @@ class Finetune(Step):
                     answer = call(teacher, inputs)
                 if self.hints:
                     (outputs, seen), (answer, told) = outputs, answer
-                    hint = self.hints * torch.stack([matching(seen[n], told[n]) for n in told]).mean()
+                    hint = self.hints * torch.stack([matching(seen[n], _like(told[n], sums[n])) for n in told]).mean()
                 answer = primary(answer)
             got = primary(outputs)
             soft = matching(got, answer) if dim is None else soft_labels(got, answer, self.temperature, dim)
@@ -226,6 +235,11 @@ class Finetune(Step):
             reasons=tuple(reasons),
             notes=(f"{trained.steps} steps; mean loss by tenths: {losses}",),
         )
+
+
+def _like(told: Tensor, channels: tuple[int, Tensor] | None) -> Tensor:
+    """What a teacher gives, in the channels that its student has."""
+    return told if channels is None else told.index_select(channels[0], channels[1].to(told.device))
 
 
 def _count_batches(data: Data, batch_size: int) -> int:
