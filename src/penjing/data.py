@@ -82,11 +82,13 @@ class Data:
         for batch in _reading(self._raw(batch_size, shuffle, seed)):
             inputs, labels = _split(batch)
             size = _batch_size(inputs)
+            if isinstance(labels, Tensor) and labels.ndim and len(labels) != size:
+                raise DataError(f"a batch has {size} samples and {len(labels)} labels")
             if limit is not None and seen + size > limit:
                 keep = limit - seen
                 inputs, labels = _take(inputs, keep), _take(labels, keep)
                 size = keep
-            _check(inputs, seen)
+            _check(inputs, None if shuffle else seen)
             if size:
                 yield inputs, labels
             seen += size
@@ -108,8 +110,10 @@ class Data:
         are too few.
         """
         count, pick = self._picking(shares)
+        if len(shares) > count:
+            raise DataError(f"{count} samples are too few for {len(shares)} folds", hint="ask for fewer")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        edges = [round(sum(shares[:i]) * count) for i in range(len(shares) + 1)]
+        edges = [round(s * count) for s in itertools.accumulate(shares, initial=0.0)]
         for start, end in itertools.pairwise(edges):
             if not 0 < end - start < count:
                 raise DataError(
@@ -285,10 +289,11 @@ def _masked(value: Any, chosen: Tensor) -> Any:
     return value[chosen] if isinstance(value, Tensor) else value
 
 
-def _check(inputs: Any, seen: int) -> None:
+def _check(inputs: Any, seen: int | None) -> None:
     for tensor in _tensors(inputs):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DataError(f"the samples from number {seen} on hold NaN or infinite numbers")
+            which = "some samples" if seen is None else f"the samples from number {seen} on"
+            raise DataError(f"{which} hold NaN or infinite numbers", hint="leave them out, or replace these numbers")
 
 
 def _length(source: Any) -> int | None:

@@ -344,7 +344,7 @@ def test_compress_runs_it_and_the_plan_can_be_kept(network: Network, tmp_path: P
     [
         ({"rounds": 0}, "Gradually.rounds must be a whole number of at least 1, got 0", ""),
         ({"rounds": 2.5}, "Gradually.rounds must be a whole number of at least 1, got 2.5", ""),
-        ({"step": pj.PruneChannels()}, "Gradually.step must say how much PruneChannels takes away", "ratio"),
+        ({"step": pj.PruneChannels()}, "Gradually.step must say what share PruneChannels takes away", "ratio"),
         (
             {"step": pj.Finetune()},
             "Gradually.step must be a Step that takes something away, got Finetune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -37,14 +38,15 @@ def context(network: Network) -> Context:
 def test_growing_decay_takes_what_goes_and_nothing_else(network: Network) -> None:
     module = network.module()
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
-    shrink = growing(network, [RemoveChannels(parameter="0.weight", dim=0, indices=(1, 5))], 0.5)
-    shrink(module, 0.5, 0.1)
+    shrink = growing(network, [RemoveChannels(parameter="0.weight", dim=0, indices=(1, 5))], 2.0)
+    for done in (0.25, 0.5, 1.0):
+        shrink(module, done, 0.1)
     for name, now in module.named_parameters():
         factor = torch.ones_like(now)
         if name in ("0.weight", "0.bias", "1.weight", "1.bias"):
-            factor[[1, 5]] = 0.75
+            factor[[1, 5]] = math.exp(-2)
         elif name == "3.weight":
-            factor[:, [1, 5]] = 0.75
+            factor[:, [1, 5]] = math.exp(-2)
         torch.testing.assert_close(now.detach(), before[name] * factor)
 
 
@@ -81,12 +83,12 @@ def test_a_strong_group_lasso_takes_all(network: Network) -> None:
 def test_what_is_cut_was_almost_nothing(network: Network, penalty: str) -> None:
     """With enough of either penalty the cut itself changes the outputs far less than without it."""
     inner = pj.PruneChannels(ratio=0.5, reconstruct=False)
-    step = pj.Regularize(step=inner, train=TRAIN, penalty=penalty, strength=0.9 if penalty == "greg" else 0.3)
+    step = pj.Regularize(step=inner, train=TRAIN, penalty=penalty, strength=12 if penalty == "greg" else 0.3)
     plan = step.plan(network, context(network))
     small = network.apply(plan.edits)
     assert all(g.size == b.size // 2 for g, b in zip(small.groups(), network.groups(), strict=True))
     after_step = (
-        growing(network, [e for e in plan.edits if isinstance(e, RemoveChannels)], 0.9)
+        growing(network, [e for e in plan.edits if isinstance(e, RemoveChannels)], 12)
         if penalty == "greg"
         else group_lasso(network.groups(), 0.3)
     )
@@ -117,10 +119,10 @@ def test_recipes_hold_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"step": pj.PruneChannels()}, "Regularize.step must say how much PruneChannels takes away"),
+        ({"step": pj.PruneChannels()}, "Regularize.step must say what share PruneChannels takes away"),
         ({"train": pj.Quantize()}, "Regularize.train must be a Step that trains, got Quantize"),
         ({"penalty": "lasso"}, "Regularize.penalty must be one of greg, group-lasso"),
-        ({"strength": 1.5}, "Regularize.strength must be between 0 and 1"),
+        ({"strength": 0}, "Regularize.strength must be above 0"),
         ({"where": "0.*"}, "Regularize.where selects nothing"),
     ],
 )

@@ -298,7 +298,7 @@ def test_compress_runs_it(flat: Network, tmp_path: Path) -> None:
         ({"method": "bisect"}, "SearchAmount.method must be one of", "bisection"),
         ({"method": "grid", "resolution": 0.1}, "SearchAmount.resolution ends a bisection", ""),
         ({"resolution": 0}, "SearchAmount.resolution must be between 0 and 1, got 0", ""),
-        ({"step": pj.PruneWeights()}, "SearchAmount.step must say how much PruneWeights takes away", "sparsity"),
+        ({"step": pj.PruneWeights()}, "SearchAmount.step must say what share PruneWeights takes away", "sparsity"),
         ({"step": pj.Quantize()}, "SearchAmount.step must be a Step that takes something away", "PruneChannels"),
         ({"after": 3}, "SearchAmount.after must be a Step or nothing, got 3", ""),
         ({"where": "x"}, "SearchAmount.where selects nothing", "step"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -13,8 +14,9 @@ from penjing.training import AfterStep
 
 
 def growing(network: Network, removals: Sequence[RemoveChannels], strength: float) -> AfterStep:
-    """Decay that grows from 0 to `strength` a step, on the entries that go with `removals` alone (Wang et al. 2021,
-    "Neural pruning via growing regularization", GReg-1; apart from the gradient, as by Loshchilov & Hutter 2019)."""
+    """Decay that grows linearly, on the entries that go with `removals` alone; by itself it would shrink them by
+    exp(-strength) in the whole training (Wang et al. 2021, "Neural pruning via growing regularization", GReg-1; apart
+    from the gradient, as by Loshchilov & Hutter 2019)."""
     kept = kept_indices(network.groups(), [(e.parameter, e.dim, e.indices) for e in removals])
     going: dict[str, Tensor] = {}
     for name, parameter in network.module().named_parameters():
@@ -26,10 +28,15 @@ def growing(network: Network, removals: Sequence[RemoveChannels], strength: floa
         if not stays.all():
             going[name] = (~stays).to(parameter.dtype)
 
+    before = 0.0
+
     @torch.no_grad()
     def shrink(module: nn.Module, done: float, rate: float) -> None:
+        nonlocal before
+        factor = math.exp(-strength * (done**2 - before**2))
+        before = done
         for name, tensor in _parameters(module, going):
-            tensor.mul_(1 - strength * done * going[name].to(tensor.device))
+            tensor.mul_(1 - (1 - factor) * going[name].to(tensor.device))
 
     return shrink
 

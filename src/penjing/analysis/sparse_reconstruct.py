@@ -22,7 +22,7 @@ from penjing.network import MaskWeights, Network, SetWeights
 from penjing.progress import SILENT, Progress
 from penjing.registry import did_you_mean
 from penjing.tensors.chita import prune_by_fisher
-from penjing.tensors.least_squares import Moments
+from penjing.tensors.least_squares import Moments, cholesky
 from penjing.tensors.sparse_reconstruction import Neighbours, damped_hessian, eliminate_weights, on_support, sweep
 from penjing.tensors.sparsity import Pattern
 
@@ -107,7 +107,7 @@ def _optimum(moments: Moments, start: Tensor, constant: bool) -> tuple[Tensor, T
     """The damped Hessian of a layer and its best dense weights."""
     gram, cross = moments.centred() if constant else (moments.xx, moments.xt)
     hessian = damped_hessian(gram, moments.rows, _DAMPING)
-    return hessian, start + torch.linalg.solve(hessian, cross - gram @ start.mT).mT
+    return hessian, start + torch.cholesky_solve(cross - gram @ start.mT, cholesky(hessian)).mT
 
 
 def _mask(

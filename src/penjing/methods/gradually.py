@@ -55,7 +55,7 @@ class Gradually(Step):
     if it was the first, nothing changes. The plan says so. A network remembers what it was trained on: beside that the
     floor is stricter than on other samples.
 
-    `resume` names a folder in which every round is kept. A run that was killed and is started again, with the same
+    `resume` names a folder in which the last round is kept. A run that was killed and is started again, with the same
     network, settings, samples, task and seed, goes on after the last round there and ends with the same network;
     another run is refused. With "original" as teacher, it is the original of the recipe in all rounds.
     """

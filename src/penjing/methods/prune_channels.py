@@ -20,7 +20,7 @@ from penjing.network import Network, SetWeights
 from penjing.network.channels.groups import Group, kept_values
 from penjing.progress import Progress
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
-from penjing.recipe.samples import bound_samples, loss_gradients
+from penjing.recipe.samples import bound_samples, loss_gradients, require_labels
 from penjing.runtimes import Target
 from penjing.runtimes.layer_latency import latency_cost
 from penjing.tensors.criteria import CRITERIA, ELIMINATION, require_samples
@@ -100,6 +100,7 @@ class PruneChannels(Step):
     def check(self, context: Context) -> None:
         """Criteria may need samples, or labels and a task."""
         require_samples(self.criterion, samples=context.data is not None, labels=context.task is not None)
+        require_labels(self.criterion, context)
 
     def plan(self, network: Network, context: Context) -> Plan:
         """Decides on the channels, tries them out on copies, and refits what reads them."""

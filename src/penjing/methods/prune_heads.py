@@ -16,7 +16,7 @@ from penjing.errors import RecipeError
 from penjing.network import Network, SetWeights
 from penjing.network.channels.groups import Group
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
-from penjing.recipe.samples import bound_samples, loss_gradients
+from penjing.recipe.samples import bound_samples, loss_gradients, require_labels
 from penjing.tensors.allocation import CostModel, Share, greedy
 from penjing.tensors.criteria import CRITERIA, ELIMINATION, require_samples
 
@@ -56,6 +56,7 @@ class PruneHeads(Step):
     def check(self, context: Context) -> None:
         """Criteria may need samples, or labels and a task."""
         require_samples(self.criterion, samples=context.data is not None, labels=context.task is not None)
+        require_labels(self.criterion, context)
 
     def plan(self, network: Network, context: Context) -> Plan:
         """Decides on the heads and refits what reads them."""

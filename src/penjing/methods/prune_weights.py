@@ -48,12 +48,13 @@ class PruneWeights(Step):
 
     How scores compare: `allocation` spreads the sparsity over tensors, "global" by one threshold, "lamp" by one for
     layer-adaptive scores, "uniform", or "erk" (`penjing.tensors.sparsity`); with `per_row` every output then keeps as
-    many weights. Where nothing is said the criterion's own way is taken: global, and uniform by row for "wanda".
+    many weights (not for "obc" and "sparsegpt", which choose over whole layers). Where nothing is said the criterion's
+    own way is taken: global, and uniform by row for "wanda".
 
     `pattern` "2:4" keeps two of every four neighbours along a layer's inputs: for convolutions input channels at one
     tap, in the order in which channels-last kernels sum; a row's last weights count as if zeros followed.
-    "block:4x1" takes blocks of 4 outputs × 1 input, judged by the `norm` of their scores ("l1" or "l2"). Blocks are
-    never more than asked for.
+    "block:4x1" takes blocks of 4 outputs × 1 input, judged by the `norm` of their scores ("l1" or "l2"). Blocks go
+    whole, those at an edge too, so that it may be a little more than asked for.
 
     Weights are those of convolutions, linear, bilinear and recurrent layers and products; of `embeddings` if asked.
     """
@@ -119,6 +120,11 @@ class PruneWeights(Step):
                     f"PruneWeights.pattern {self.pattern!r} keeps as many everywhere; "
                     "allocation and per_row must be left away"
                 )
+        if self.per_row and self.criterion in ("obc", "sparsegpt"):
+            raise RecipeError(
+                f"PruneWeights.per_row is not for {self.criterion!r}, which chooses over whole layers",
+                hint="leave per_row away, or take 'wanda'",
+            )
         if pattern.blocks and self.per_row:
             raise RecipeError("PruneWeights.per_row takes single weights, got blocks", hint="leave per_row away")
         if pattern.blocks and self._criterion.needs == "reconstruction":

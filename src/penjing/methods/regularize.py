@@ -11,7 +11,7 @@ from penjing.network.composing import compose
 from penjing.recipe import Context, Plan, Step, step
 
 _PENALTIES = ("greg", "group-lasso")
-_STRENGTH = {"greg": 0.05, "group-lasso": 1e-3}
+_STRENGTH = {"greg": 10.0, "group-lasso": 1e-3}
 
 
 @step
@@ -21,12 +21,13 @@ class Regularize(Step):
 
     `step` is a Step that removes channels or heads, `train` one that trains.
 
-    - "greg": `step` chooses first; a decay on what it chose grows from 0 to `strength` a training step, so that the
-      others learn to do without (Wang et al. 2021, "Neural pruning via growing regularization", GReg-1).
+    - "greg": `step` chooses first; a decay on what it chose grows with every training step, so that the others learn to
+      do without (Wang et al. 2021, "Neural pruning via growing regularization", GReg-1). By itself it would shrink
+      them by exp(-`strength`).
     - "group-lasso": every channel pays for its norm, `strength` times the learning rate and the root of its number of
       entries, and `step` chooses among what is left (Wen et al. 2016, "Learning structured sparsity").
 
-    `strength` is 0.05 for "greg" and 0.001 for "group-lasso" if nothing is said. `where` belongs to the inner Steps.
+    `strength` is 10 for "greg" and 0.001 for "group-lasso" if nothing is said. `where` belongs to the inner Steps.
     """
 
     step: Step
@@ -40,7 +41,7 @@ class Regularize(Step):
             got = self.train.name if isinstance(self.train, Step) else repr(self.train)
             raise RecipeError(f"Regularize.train must be a Step that trains, got {got}", hint="for example Finetune")
         self.require_one_of("penalty", _PENALTIES)
-        self.require_between("strength", 0, 1 if self.penalty == "greg" else float("inf"), open_low=True)
+        self.require_between("strength", 0, float("inf"), open_low=True)
 
     def check(self, context: Context) -> None:
         """What the inner Steps need."""

@@ -86,6 +86,13 @@ def require_judge(step: Step, text: str, context: Context) -> None:
     if next(context.data.batches(1, limit=1))[1] is None:
         raise DataError(f"{step.name}.floor needs labels and the data has none", hint="give labelled samples")
     made_up = _measured(context.task, 1.0)
+    if is_fraction(made_up["metric"]) and constraint.kind != "ratio":
+        out = abs(constraint.limit) >= 1 if constraint.kind == "change" else not 0 <= constraint.limit <= 1
+        if out:
+            raise RecipeError(
+                f"{step.name}.floor is out of reach, got {text!r}: {context.task.metric} lies between 0 and 100 %",
+                hint=f"for one point less write '{context.task.metric}>=-1%'",
+            )
     try:
         constraint.check(made_up, made_up)
     except BudgetError as error:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from penjing.analysis.footprint import Footprint
 from penjing.analysis.gradients import gradients
+from penjing.errors import DataError
 from penjing.network import Network
 from penjing.recipe.context import Context
+from penjing.tensors.criteria import CRITERIA
 
 #: Most entries of one value that are kept for all samples together (float32: 1 GiB).
 _ENTRIES = 1 << 28
@@ -30,14 +35,30 @@ def bound_samples(
     first, free = network.inputs[0], network.batch_is_dynamic
     batch = max(1, min(most, _BATCH_ENTRIES // max(size.largest, 1))) if free else first.shape[0]
     drawn = context.data.batches(batch, shuffle=True, seed=context.seed, limit=count)
-    bound = (network.bind(inputs) for inputs, _ in drawn)
-    return [b for b in bound if free or b[first.name].shape[0] == first.shape[0]]
+    return [network.bind(inputs) for inputs, _ in drawn if free or _count(inputs) == batch]
+
+
+def _count(inputs: Any) -> int:
+    return len(next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)))
 
 
 def loss_gradients(network: Network, context: Context) -> list[dict[str, Tensor]]:
     """Gradients of the task's loss by parameter, one dictionary a batch; none without data or task."""
     if context.data is None or context.task is None:
         return []
-    limit = _GRADIENT_BATCH * _GRADIENT_BATCHES
-    drawn = context.data.batches(_GRADIENT_BATCH, shuffle=True, seed=context.seed, limit=limit)
-    return gradients(network, drawn, context.task.loss)
+    free, fixed = network.batch_is_dynamic, network.inputs[0].shape[0]
+    batch = _GRADIENT_BATCH if free else fixed
+    limit = max(_GRADIENT_BATCH * _GRADIENT_BATCHES, batch)
+    drawn = context.data.batches(batch, shuffle=True, seed=context.seed, limit=limit)
+    return gradients(network, ((x, y) for x, y in drawn if free or _count(x) == fixed), context.task.loss)
+
+
+def require_labels(name: str, context: Context) -> None:
+    """Raises DataError if the criterion `name` goes by labels and the samples have none."""
+    if "gradients" not in CRITERIA.get(name).needs or context.data is None:
+        return
+    if next(context.data.batches(1, limit=1))[1] is None:
+        raise DataError(
+            f"criterion '{name}' needs labels and the data has none",
+            hint="give labelled samples, or use 'l2', which needs none",
+        )

@@ -101,6 +101,9 @@ class Step(ABC):
         if value is None:
             return
         good = isinstance(value, int | float) and not isinstance(value, bool)
+        wanted = _field_types(type(self))[field]
+        if good and isinstance(value, float) and float not in (typing.get_args(wanted) or (wanted,)):
+            raise RecipeError(f"{self.name}.{field} must be a whole number, got {value!r}")
         if (
             not good
             or not (low < value if open_low else low <= value)
@@ -153,7 +156,7 @@ class Step(ABC):
             return
         if isinstance(inner, Step) and inner.amounts:
             raise RecipeError(
-                f"{self.name}.{field} must say how much {inner.name} takes away", hint=_how_to_say(type(inner))
+                f"{self.name}.{field} must say what share {inner.name} takes away", hint=_how_to_say(type(inner))
             )
         got = inner.name if isinstance(inner, Step) else repr(inner)
         raise RecipeError(
@@ -191,6 +194,8 @@ def matches(where: str | Sequence[str], name: str) -> bool:
         raise RecipeError(
             f"where must be a pattern or a list of patterns, got {where!r}", hint="for example where='layer1.*'"
         )
+    if not patterns:
+        raise RecipeError("where is an empty list, which selects nothing", hint="leave it away to select everything")
     parts = name.split(".")
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
 
@@ -227,7 +232,9 @@ def step_from(row: Any, place: str) -> Step:
         built[field] = value
         if not _fits(value, types_of[field]):
             wanted = str(types_of[field]).replace("<class '", "").replace("'>", "").replace(" | None", " or nothing")
-            raise RecipeError(f"{place}: {name}.{field} must be {wanted}, got {value!r}")
+            quoted = f"put it in quotes, as in {field}: '2:4': YAML reads some words as numbers"
+            hint = quoted if "str" in wanted and isinstance(value, int) else None
+            raise RecipeError(f"{place}: {name}.{field} must be {wanted}, got {value!r}", hint=hint)
     if missing:
         raise RecipeError(f"{place}: {name} needs the field '{missing[0]}'", hint=f"its fields: {', '.join(types_of)}")
     try:

@@ -166,3 +166,19 @@ def _remove(inverse: Tensor, weight: Tensor, columns: Tensor) -> float:
     # A removed column must stay solvable for whoever looks at its block by mistake, and must never interact again.
     inverse[columns, columns] = 1.0
     return max(cost, 0.0)
+
+
+def cholesky(matrix: Tensor, *, upper: bool = False) -> Tensor:
+    """The Cholesky factor of symmetric matrices (…, D, D); the diagonal of those that rounding left short of positive
+    definite grows, tenfold at a time from 1e-12 of its mean, until it is enough."""
+    symmetric = (matrix + matrix.mT) / 2
+    scale = symmetric.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(1e-30)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor, bad = torch.linalg.cholesky_ex(symmetric, upper=upper)
+    damping = 1e-12
+    while bad.any() and damping < 1e3:
+        extra = damping * scale * (bad > 0)
+        factor, bad = torch.linalg.cholesky_ex(symmetric + extra[..., None, None] * eye, upper=upper)
+        damping *= 10
+    found: Tensor = factor
+    return found

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from penjing.tensors.least_squares import damped
+from penjing.tensors.least_squares import cholesky, damped
 
 #: Removals after which the inverse Hessians are brought up to date: products of matrices are faster than of vectors.
 _LAZY = 32
@@ -74,7 +74,7 @@ def eliminate_weights(
     chosen = weight if rows is None else weight[:, rows]
     living = torch.ones_like(chosen, dtype=torch.bool) if alive is None else alive if rows is None else alive[:, rows]
     kind = torch.float64 if columns <= 128 else torch.float32
-    inverse = torch.linalg.inv(hessian.double()).to(kind)
+    inverse = torch.cholesky_inverse(cholesky(hessian.double())).to(kind)
     last = columns if most is None else min(most, columns)
     if families is not None:
         counts = torch.bincount(families)
@@ -207,7 +207,7 @@ def _solve_rows(hessian: Tensor, weight: Tensor, mask: Tensor, pull: Tensor) -> 
     real = mask.gather(1, columns)
     parts = hessian[columns[:, :, None], columns[:, None, :]]
     parts = parts * (real[:, :, None] & real[:, None, :]) + torch.diag_embed((~real).double())
-    solved = torch.cholesky_solve((pull.gather(1, columns) * real)[..., None], torch.linalg.cholesky(parts))[..., 0]
+    solved = torch.cholesky_solve((pull.gather(1, columns) * real)[..., None], cholesky(parts))[..., 0]
     return torch.zeros_like(weight).scatter(1, columns, (weight.gather(1, columns) + solved) * real)
 
 
@@ -231,7 +231,7 @@ def sweep(
     weight, mask = weight.double().clone(), torch.ones_like(weight, dtype=torch.bool)
     living = torch.ones_like(mask) if alive is None else alive
     columns = weight.shape[2]
-    factor = torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True)
+    factor = cholesky(torch.cholesky_inverse(cholesky(hessian.double())), upper=True)
     diagonal = factor.diagonal(dim1=1, dim2=2)
     wanted = 0.0
     for start in range(0, columns, block):

@@ -274,17 +274,13 @@ def glu(call: Call) -> Tensor:
     return call.tape.combine([a, b], call.shape, call.node.name, call.name)
 
 
-@rule("zeros_like", "empty_like")
-def zeros(call: Call) -> Any:
-    """Zeros get smaller with what they are like, and so does what reads them."""
-    return call.label("self")
-
-
 @rule(
+    "zeros_like",
     "ones_like",
     "full_like",
     "rand_like",
     "randn_like",
+    "empty_like",
     "new_zeros",
     "new_ones",
     "new_full",
