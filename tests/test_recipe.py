@@ -47,6 +47,21 @@ def test_bad_recipes_are_one_sentence(tmp_path: Path, text: str, words: str, hin
     assert hint in (caught.value.hint or "")
 
 
+def test_numbers_that_yaml_makes_of_words(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("steps: [{PruneWeights: {pattern: 2:4}}]")
+    with pytest.raises(RecipeError, match="got 124") as caught:
+        Recipe.load(file)
+    assert "quotes" in str(caught.value.hint)
+
+
+def test_whole_numbers_and_empty_lists() -> None:
+    with pytest.raises(RecipeError, match=r"PruneChannels.samples must be a whole number, got 1.5"):
+        pj.PruneChannels(samples=1.5)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="where is an empty list"):
+        matches([], "a.weight")
+
+
 def test_a_missing_recipe() -> None:
     with pytest.raises(InputError, match="there is no recipe"):
         pj.Recipe.load("nowhere.yaml")

@@ -9,7 +9,7 @@ from torch import nn
 
 from penjing.analysis.footprint import footprint
 from penjing.data import Data
-from penjing.errors import RecipeError
+from penjing.errors import DataError, RecipeError
 from penjing.methods.prune_channels import PruneChannels
 from penjing.network import MaskWeights, Network, QuantizeTensor, RemoveChannels, SetWeights, capture
 from penjing.recipe import Context, Plan, Recipe
@@ -255,6 +255,29 @@ def test_a_real_network_survives_without_training(hub: ModuleType) -> None:
     small = network.apply(plan.edits)
     assert footprint(small).macs <= 0.67 * footprint(network).macs
     assert float((small.run((x,))[0].argmax(1) == y).float().mean()) > 0.84
+
+
+@pytest.mark.parametrize("criterion", ["l2", "taylor"])
+def test_a_fixed_batch_takes_full_batches_only(criterion: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    fixed = capture(model, inputs=(torch.rand(8, 4),), dynamic_batch=False)
+    data = Data((torch.rand(21, 4), torch.randint(0, 3, (21,))))
+    small = fixed.apply(
+        PruneChannels(ratio=0.5, criterion=criterion)
+        .plan(fixed, Context(original=fixed, data=data, task=get_task("classification")))
+        .edits
+    )
+    assert [g.size for g in small.groups()] == [4]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian"])
+def test_labels_are_asked_for(network: Network, criterion: str) -> None:
+    unlabelled = Data([(torch.rand(4, *network.inputs[0].shape[1:]), None)])
+    with pytest.raises(DataError, match=f"criterion '{criterion}' needs labels and the data has none"):
+        PruneChannels(criterion=criterion).check(
+            Context(original=network, data=unlabelled, task=get_task("classification"))
+        )
 
 
 def test_the_example_recipe_is_readable() -> None:

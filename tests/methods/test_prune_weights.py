@@ -156,6 +156,17 @@ def test_nonsense_is_refused(network: Network, settings: dict[str, Any], said: s
         planned(network, **settings)
 
 
+@pytest.mark.parametrize("criterion", ["obc", "sparsegpt", "chita"])
+def test_rebuilding_survives_what_says_nothing(network: Network, criterion: str) -> None:
+    """Layers behind hardly anything, and samples that are all alike, leave Hessians that are not quite definite."""
+    for samples, sparsity in ((X, 0.99), (torch.zeros_like(X), 0.7), (X[:1], 0.7)):
+        data = Data((samples, torch.zeros(len(samples), dtype=torch.long)))
+        step = pj.PruneWeights(sparsity=sparsity, criterion=criterion, samples=64)
+        rest = Context(original=network, data=data, task=get_task("classification"))
+        sparse = network.apply(step.plan(network, rest).edits)
+        assert all(torch.isfinite(sparse.tensors()[name]).all() for name in sparse.masks)
+
+
 def test_what_criteria_need(network: Network) -> None:
     for criterion in ("wanda", "obc"):
         with pytest.raises(DataError, match="needs samples"):

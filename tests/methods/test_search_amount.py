@@ -288,6 +288,15 @@ def test_compress_runs_it(flat: Network, tmp_path: Path) -> None:
         pj.compress(flat, Recipe(replace(settings, floor="accuracy>=-1%")), data=numbers, task=TASK)
 
 
+@pytest.mark.parametrize("floor", ["accuracy>=-1", "accuracy>=-200%", "accuracy>=2"])
+def test_floors_out_of_reach_are_refused(floor: str) -> None:
+    network = pj.capture(torch.nn.Linear(4, 3), inputs=(torch.rand(2, 4),))
+    data = pj.data.Data((torch.rand(8, 4), torch.zeros(8, dtype=torch.long)))
+    step = SearchAmount(step=pj.PruneWeights(sparsity=0.5), floor=floor)
+    with pytest.raises(RecipeError, match="floor is out of reach"):
+        step.check(Context(original=network, data=data, task=get_task("classification")))
+
+
 @pytest.mark.parametrize(
     ("fields", "words", "hint"),
     [
