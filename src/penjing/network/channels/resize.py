@@ -382,14 +382,3 @@ def gathered(call: Resizing) -> fx.Node | None:
         if d in longer:
             copy = call.chosen(copy, d, indices)
     return call.make(index=copy)
-
-
-@resize("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like")
-def filled(call: Resizing) -> fx.Node | None:
-    """What is like something smaller now keeps its size: it says nothing of channels, and is cut where it is used."""
-    sizes: list[Any] = [-1] * len(call.old_shape("self"))
-    copy = call.shrinker.copies[call.args["self"]]
-    for dim, _ in call.shrinker.all_kept(call.args["self"]):
-        copy = call.shrinker.insert(aten.slice.Tensor, copy, dim, 0, 1)
-        sizes[dim] = call.old_shape("self")[dim]
-    return call.make(self=call.shrinker.insert(aten.expand.default, copy, sizes))

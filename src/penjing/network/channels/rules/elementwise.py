@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penjing.network.channels.labels import Labels, Slots, along, core, free, is_free, varying
+from penjing.network.channels.labels import FREE, Labels, Slots, along, core, free, is_free, varying
 from penjing.network.channels.rules.base import Call, opaque, rule, spread, together
 from penjing.network.channels.rules.contraction import mask_elements
 
@@ -274,13 +274,20 @@ def glu(call: Call) -> Tensor:
     return call.tape.combine([a, b], call.shape, call.node.name, call.name)
 
 
+@rule("zeros_like", "empty_like")
+def zeros(call: Call) -> Any:
+    """Zeros get smaller with what they are like, and so does what reads them; what stays says nothing."""
+    labels = call.label("self")
+    pinned = {pin.label for pin in call.tape.pins}
+    stays = set(labels.reshape(-1).tolist()) <= pinned | {FREE}
+    return spread(call.result, torch.zeros((), dtype=torch.int64)) if stays else labels
+
+
 @rule(
-    "zeros_like",
     "ones_like",
     "full_like",
     "rand_like",
     "randn_like",
-    "empty_like",
     "new_zeros",
     "new_ones",
     "new_full",
