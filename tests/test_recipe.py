@@ -35,6 +35,9 @@ def test_round_trip(tmp_path: Path, suffix: str) -> None:
         ("steps: {PruneChannels: {}}", "one entry 'steps'", ""),
         ("stages: []", "one entry 'steps'", ""),
         ("steps: [", "not valid YAML", ""),
+        ("steps: [{PruneWeights: {sparsity: 0.5, sparsity: 0.9}}]", "'sparsity' stands twice", ""),
+        ("steps: [{PruneChannels: {ratio: yes}}]", "PruneChannels.ratio must be a number or nothing, got True", ""),
+        ("steps: [{Gradually: {step: [3]}}]", "Gradually.step must be a Step, got [3]", ""),
     ],
 )
 def test_bad_recipes_are_one_sentence(tmp_path: Path, text: str, words: str, hint: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Result:
     network: Network
     original: Network
     recipe: Recipe
-    plans: tuple[Plan, ...]
+    plans: tuple[Plan, ...] = field(repr=False)
     steps: tuple[dict[str, Any], ...]
     seed: int = 0
 

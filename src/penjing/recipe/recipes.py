@@ -15,6 +15,17 @@ from penjing.recipe.steps import STEPS, Step, step_from
 from penjing.registry import did_you_mean
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key that stands twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((k for i, k in enumerate(keys) if k in keys[:i]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"'{twice}' stands twice in one mapping")
+        return super().construct_mapping(node, deep)
+
+
 class Recipe:
     """An ordered list of Steps: `Recipe(PruneChannels(ratio=0.5), Quantize())`; reads and writes YAML and JSON."""
 
@@ -74,7 +85,7 @@ class Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the recipe {file}: {error}") from error
         try:
-            described = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+            described = json.loads(text) if file.suffix == ".json" else yaml.load(text, _Loader)
         except (ValueError, yaml.YAMLError) as error:
             raise RecipeError(
                 f"{file} is not valid {'JSON' if file.suffix == '.json' else 'YAML'}: {' '.join(str(error).split())}"

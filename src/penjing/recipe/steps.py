@@ -231,9 +231,9 @@ def step_from(row: Any, place: str) -> Step:
             continue
         built[field] = value
         if not _fits(value, types_of[field]):
-            wanted = str(types_of[field]).replace("<class '", "").replace("'>", "").replace(" | None", " or nothing")
-            quoted = f"put it in quotes, as in {field}: '2:4': YAML reads some words as numbers"
-            hint = quoted if "str" in wanted and isinstance(value, int) else None
+            wanted = _words(types_of[field])
+            quoted = f"put it in quotes, {field}: '…': YAML reads some words as numbers"
+            hint = quoted if "text" in wanted and isinstance(value, int) else None
             raise RecipeError(f"{place}: {name}.{field} must be {wanted}, got {value!r}", hint=hint)
     if missing:
         raise RecipeError(f"{place}: {name} needs the field '{missing[0]}'", hint=f"its fields: {', '.join(types_of)}")
@@ -246,6 +246,24 @@ def step_from(row: Any, place: str) -> Step:
 def _field_types(kind: type[Step]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+
+
+def _words(wanted: Any) -> str:
+    """A type in plain words: float | None is "a number or nothing"."""
+    kinds = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
+
+    def word(kind: Any) -> str:
+        if kind in _WORDS:
+            return _WORDS[kind]
+        if isinstance(kind, type) and issubclass(kind, Step):
+            return "a Step"
+        origin = typing.get_origin(kind) or kind
+        return {list: "a list", tuple: "a list", dict: "a mapping"}.get(origin, str(kind))
+
+    return " or ".join(dict.fromkeys(map(word, kinds)))
 
 
 def _takes_a_step(wanted: Any) -> bool:
