@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from penjing.tensors.least_squares import Consumer, Moments, damped, eliminate, refit
+from penjing.errors import DataError
+from penjing.tensors.least_squares import Consumer, Moments, cholesky, damped, eliminate, refit
 
 
 def moments_of(x: torch.Tensor, t: torch.Tensor, parts: int = 3) -> Moments:
@@ -92,3 +93,18 @@ def test_a_unit_that_another_repeats_costs_nothing() -> None:
     gram, weight = (x.T @ x / 300).double(), torch.randn(3, 4, dtype=torch.float64) + 3
     got = eliminate([Consumer(gram, weight, torch.arange(4)[:, None])], damping=1e-6)
     assert got.order[0] in (1, 3) and got.errors[1] < 1e-3 * got.errors[2]
+
+
+def test_cholesky_of_what_is_not_quite_definite() -> None:
+    """Each of several matrices gets what it needs, and those that are definite are left alone."""
+    definite = torch.eye(3, dtype=torch.float64) * 2
+    little = torch.diag(torch.tensor([1.0, 1.0, -1e-9], dtype=torch.float64))
+    much = torch.diag(torch.tensor([1.0, 1.0, -1e-3], dtype=torch.float64))
+    batch = torch.stack([definite, little, much])
+    for upper in (False, True):
+        factor = cholesky(batch, upper=upper)
+        back = factor.mT @ factor if upper else factor @ factor.mT
+        assert torch.allclose(back[0], definite, atol=1e-15)
+        assert torch.allclose(back, batch, atol=2e-2) and torch.isfinite(factor).all()
+    with pytest.raises(DataError, match="not finite"):
+        cholesky(torch.full((2, 2), float("nan")))

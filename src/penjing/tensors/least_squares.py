@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penjing.errors import DataError
+
 
 class Moments:
     """First and second moments of inputs x (G, rows, D) and targets t (G, rows, O), accumulated over batches.
@@ -175,10 +177,12 @@ def cholesky(matrix: Tensor, *, upper: bool = False) -> Tensor:
     scale = symmetric.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(1e-30)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor, bad = torch.linalg.cholesky_ex(symmetric, upper=upper)
-    damping = 1e-12
-    while bad.any() and damping < 1e3:
-        extra = damping * scale * (bad > 0)
+    weak, damping = bad > 0, 1e-12
+    while bad.any():
+        if damping > 1e3:
+            raise DataError("a layer's inputs are not finite numbers", hint="look at the weights and the samples")
+        extra = damping * scale * weak  # also of those that a smaller one was enough for: they must stay definite
         factor, bad = torch.linalg.cholesky_ex(symmetric + extra[..., None, None] * eye, upper=upper)
-        damping *= 10
+        weak, damping = weak | (bad > 0), damping * 10
     found: Tensor = factor
     return found
