@@ -18,9 +18,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
     if near:
         likeness = [difflib.SequenceMatcher(None, word, n).ratio() for n in near]
-        near = [
-            n for n, alike in zip(near, likeness, strict=True) if alike > likeness[0] - 0.1
-        ]  # a clear best stands alone
+        # A clear best stands alone.
+        near = [n for n, alike in zip(near, likeness, strict=True) if alike > likeness[0] - 0.1]
         return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
     return "known: " + ", ".join(names) if names else "none is registered"
 

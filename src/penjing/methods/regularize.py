@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from penjing.analysis.penalties import group_lasso, growing
 from penjing.errors import RecipeError
@@ -52,7 +53,10 @@ class Regularize(Step):
         """Trains a copy and cuts it; the Plan holds the removals and the values of what is left."""
         strength = _STRENGTH[self.penalty] if self.strength is None else self.strength
         if self.penalty == "greg":
-            chosen = self.step.plan(network, context)
+            # Only the choice is taken: refitted weights would be of no use to the training.
+            plain: dict[str, Any] = {"reconstruct": False} if hasattr(self.step, "reconstruct") else {}
+            chooser = replace(self.step, **plain)
+            chosen = chooser.plan(network, context)
             removals = [e for e in chosen.edits if isinstance(e, RemoveChannels)]
             self._require(removals, network)
             after_step = growing(network, removals, strength)
