@@ -12,7 +12,7 @@ from torch import Tensor
 from penjing.analysis.blockwise import optimise_blocks
 from penjing.analysis.costs import exact_costs, stored_bytes
 from penjing.analysis.footprint import Footprint, footprint, shrinkage
-from penjing.analysis.ranking import Ranked, rank
+from penjing.analysis.ranking import Ranked
 from penjing.analysis.reconstruct import Refit, refit_readers
 from penjing.analysis.shrinking import Shrunk, shrink_evenly, shrink_to, vector_multiples
 from penjing.errors import RecipeError
@@ -20,7 +20,7 @@ from penjing.network import Network, SetWeights
 from penjing.network.channels.groups import Group, kept_values
 from penjing.progress import Progress
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
-from penjing.recipe.samples import bound_samples, loss_gradients, require_labels
+from penjing.recipe.samples import bound_samples, ranked, require_labels
 from penjing.runtimes import Target
 from penjing.runtimes.layer_latency import latency_cost
 from penjing.tensors.criteria import CRITERIA, ELIMINATION, require_samples
@@ -119,24 +119,21 @@ class PruneChannels(Step):
             )
         size = footprint(network)
         batches = self._samples(network, context, size, notes)
-        by_cost = bool(self._budgets)
-        ranked = rank(
+        judged = ranked(
             network,
+            context,
             groups,
             self.criterion,
             batches,
             size,
-            by_cost=by_cost,
+            by_cost=bool(self._budgets),
             refitted=bool(self.reconstruct),
-            gradients=loss_gradients(network, context) if "gradients" in CRITERIA.get(self.criterion).needs else (),
-            seed=context.seed,
-            progress=context.progress,
         )
-        shrunk = self._shrink(network, ranked, size, context.progress)
-        refit = self._refit(network, ranked, shrunk, batches, context) if self.reconstruct and batches else Refit()
+        shrunk = self._shrink(network, judged, size, context.progress)
+        refit = self._refit(network, judged, shrunk, batches, context) if self.reconstruct and batches else Refit()
         refitted = tuple(SetWeights(parameter=name, value=value) for name, value in refit.tensors.items())
         notes[:0] = [*shrinkage(size, footprint(shrunk.network)), *shrunk.notes]
-        reasons = self._reasons(network, ranked, shrunk.counts, refit)
+        reasons = self._reasons(network, judged, shrunk.counts, refit)
         return Plan(step=self, edits=(*shrunk.removals, *refitted), reasons=reasons, notes=tuple(notes))
 
     def _selected(self, group: Group) -> bool:

@@ -9,14 +9,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from penjing.analysis.footprint import Footprint, footprint, shrinkage
-from penjing.analysis.ranking import Ranked, rank
+from penjing.analysis.ranking import Ranked
 from penjing.analysis.reconstruct import Refit, refit_readers
 from penjing.analysis.shrinking import Shrunk, removals_of, shrink_evenly
 from penjing.errors import RecipeError
 from penjing.network import Network, SetWeights
 from penjing.network.channels.groups import Group
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
-from penjing.recipe.samples import bound_samples, loss_gradients, require_labels
+from penjing.recipe.samples import bound_samples, ranked, require_labels
 from penjing.tensors.allocation import CostModel, Share, greedy
 from penjing.tensors.criteria import CRITERIA, ELIMINATION, require_samples
 
@@ -75,27 +75,25 @@ class PruneHeads(Step):
         notes: list[str] = []
         size = footprint(network)
         batches = self._samples(network, context, size, notes)
-        ranked = rank(
+        judged = ranked(
             network,
+            context,
             groups,
             self.criterion,
             batches,
             size,
             by_cost=self.scope == "global",
             refitted=self.reconstruct,
-            gradients=loss_gradients(network, context) if "gradients" in CRITERIA.get(self.criterion).needs else (),
-            seed=context.seed,
-            progress=context.progress,
         )
-        shrunk = self._shrink(network, ranked)
-        refit = self._refit(network, ranked, shrunk, batches, context)
+        shrunk = self._shrink(network, judged)
+        refit = self._refit(network, judged, shrunk, batches, context)
         refitted = tuple(SetWeights(parameter=name, value=value) for name, value in refit.tensors.items())
         had, kept = sum(g.size for g in groups), sum(shrunk.counts.values())
         notes[:0] = [
             f"heads {had} → {kept}",
             *shrinkage(size, footprint(shrunk.network)),
         ]
-        reasons = tuple(self._reason(r, shrunk.counts[r.group.name], refit) for r in ranked)
+        reasons = tuple(self._reason(r, shrunk.counts[r.group.name], refit) for r in judged)
         return Plan(step=self, edits=(*shrunk.removals, *refitted), reasons=reasons, notes=tuple(notes))
 
     def _selected(self, group: Group) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,10 @@ from torch.utils import _pytree as pytree
 
 from penjing.analysis.footprint import Footprint
 from penjing.analysis.gradients import gradients
+from penjing.analysis.ranking import Ranked, rank
 from penjing.errors import DataError
 from penjing.network import Network
+from penjing.network.channels.groups import Group
 from penjing.recipe.context import Context
 from penjing.tensors.criteria import CRITERIA
 
@@ -51,6 +54,26 @@ def loss_gradients(network: Network, context: Context) -> list[dict[str, Tensor]
     limit = max(_GRADIENT_BATCH * _GRADIENT_BATCHES, batch)
     drawn = context.data.batches(batch, shuffle=True, seed=context.seed, limit=limit)
     return gradients(network, ((x, y) for x, y in drawn if free or _count(x) == fixed), context.task.loss)
+
+
+def ranked(
+    network: Network,
+    context: Context,
+    groups: Sequence[Group],
+    criterion: str,
+    batches: list[dict[str, Tensor]],
+    size: Footprint,
+    *,
+    by_cost: bool,
+    refitted: bool,
+) -> Sequence[Ranked]:
+    """`penjing.analysis.ranking.rank` with the gradients, seed and progress of `context`."""
+    needs = CRITERIA.get(criterion).needs
+    return rank(
+        network, groups, criterion, batches, size, by_cost=by_cost, refitted=refitted,
+        gradients=loss_gradients(network, context) if "gradients" in needs else (),
+        seed=context.seed, progress=context.progress,
+    )  # fmt: skip
 
 
 def require_labels(name: str, context: Context) -> None:
