@@ -84,7 +84,7 @@ def compress(
             plan = step.plan(current, context)
             current = current.apply(plan.edits)
         seconds = time.perf_counter() - started
-        current = current.record({"event": "step", "name": step.name, "settings": step.settings(), "seed": seed})
+        current = current.record({"event": "step", "name": step.name, "settings": step.done(), "seed": seed})
         after = _look(current, held_out, known, progress)
         plans.append(plan)
         rows.append(

@@ -144,3 +144,13 @@ def test_a_folder_that_cannot_be_is_said(network: Network, tmp_path: Path) -> No
     settings = Gradually(step=pj.PruneWeights(sparsity=0.9), resume=str(tmp_path / "file"))
     with pytest.raises(OutputError):
         settings.plan(network, context(network))
+
+
+def test_where_rounds_are_kept_is_no_part_of_what_was_done(network: Network, tmp_path: Path) -> None:
+    fields = {"step": pj.PruneWeights(sparsity=0.5), "rounds": 2}
+    here, there, nowhere = (
+        pj.compress(network, pj.Recipe(Gradually(**fields, **more)), data=Data((X, Y)))
+        for more in ({"resume": str(tmp_path / "here")}, {"resume": str(tmp_path / "there")}, {})
+    )
+    assert here.network.history == there.network.history == nowhere.network.history
+    assert here.steps[0]["settings"]["resume"] == str(tmp_path / "here")  # a report of this run tells it

@@ -155,6 +155,10 @@ def test_resolution_ends_it(flat: Network) -> None:
     settings = SearchAmount(step=Worsen(amount=0.8), floor="answer>=-31.1%", trials=50, resolution=0.1)
     settings.plan(flat, context(flat))
     assert [a for a, _ in Worsen.seen] == pytest.approx([0.8, 0.4, 0.2, 0.3])
+    settings = SearchAmount(step=Worsen(amount=0.8), floor="answer>=-31.1%", trials=1000)
+    Worsen.seen.clear()
+    settings.plan(flat, context(flat))
+    assert len(Worsen.seen) == 11  # 0.8 halved ten times is less than a thousandth of it
 
 
 def test_a_grid_goes_down_until_one_holds(flat: Network) -> None:

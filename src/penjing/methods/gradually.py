@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Self, cast
+from typing import ClassVar, Self, cast
 
 import torch
 
@@ -59,6 +59,8 @@ class Gradually(Step):
     network, settings, samples, task and seed, goes on after the last round there and ends with the same network;
     another run is refused. With "original" as teacher, it is the original of the recipe in all rounds.
     """
+
+    keeping: ClassVar[tuple[str, ...]] = ("resume",)
 
     step: Step
     rounds: int = 5

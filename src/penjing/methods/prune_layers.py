@@ -86,6 +86,8 @@ class PruneLayers(Step):
         size = footprint(network)
         notes: list[str] = []
         gone, scores, why = self._choose(network, blocks, count, context, size, notes)
+        if len(gone) == len(known):
+            notes.append("no residual block is left")
         edits = without_blocks(known, gone)
         notes[:0] = [
             f"blocks {len(known)} → {len(known) - len(gone)}",

@@ -42,6 +42,8 @@ def grid(most: float, trials: int, resolution: float, holds: Holds) -> float | N
     return next((a for i in range(trials, 0, -1) if holds(a := most * i / trials)), None)
 
 
+#: Where a bisection ends if nothing is said, as a share of the most that may go: finer than networks have channels.
+_FINEST = 1e-3
 _METHODS = {"bisection": bisection, "grid": grid}
 
 
@@ -53,8 +55,9 @@ class SearchAmount(Step):
     `floor` is about the task's metric: "accuracy>=-1%" beside the network that came in, "accuracy>=91%" by itself. A
     trial plans `step` with a smaller amount, then `after` (for example `Finetune`) if there is one, and measures what
     comes out on samples that neither of them saw. Which amounts: `method` "bisection" halves the interval between what
-    holds and what does not, `trials` times at most, or until it is no wider than `resolution`; "grid" goes down through
-    `trials` evenly spaced amounts until one holds, and takes nothing for granted of those below.
+    holds and what does not, `trials` times at most, or until it is no wider than `resolution` (a thousandth of the
+    most if nothing is said); "grid" goes down through `trials` evenly spaced amounts until one holds, and takes nothing
+    for granted of those below.
 
     With `folds=1` the share `held_out` of the samples is held out (0.2 if nothing is said), and the network that was
     judged is the result. With more, every sample is held out once: for each fold the Steps see the others, the mean
@@ -139,7 +142,7 @@ class _Search:
                 advance(1)
                 return good
 
-            amount = _METHODS[settings.method](most, settings.trials, settings.resolution or 0.0, holds)
+            amount = _METHODS[settings.method](most, settings.trials, settings.resolution or _FINEST * most, holds)
         if len(self.failures) == len(self.reasons):  # not one amount could be reached: it is not for the amount
             raise self.failures[-1]
         if amount is None or self.best is None:

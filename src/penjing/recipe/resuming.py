@@ -42,16 +42,15 @@ _NAMES = {
 class Rounds:
     """The rounds of one run in a folder, which is made if it is not there.
 
-    Raises RecipeError if the folder holds another run's: other settings (but for `resume`), network, samples, task or
+    Raises RecipeError if the folder holds another run's: other settings, network, samples, task or
     seed. Samples must be read alike every time; a Dataset that varies them at random by itself is another one each
     time.
     """
 
     def __init__(self, folder: str | Path, step: Step, network: Network, context: Context) -> None:
         self.folder, self._step = Path(folder), step
-        settings = {k: v for k, v in step.settings().items() if k != "resume"}
         run = {
-            "settings": {step.name: settings},
+            "settings": {step.name: step.done()},
             "network": _network_digest(network),
             "original": _network_digest(context.original),
             "task": context.task.name if context.task else None,

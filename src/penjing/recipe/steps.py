@@ -39,6 +39,9 @@ class Step(ABC):
     #: Whether this Step trains, and heeds `Context.after_step`.
     learns: ClassVar[bool] = False
 
+    #: Fields that only say where a run keeps its own files: no part of what was done to the network.
+    keeping: ClassVar[tuple[str, ...]] = ()
+
     where: str | list[str] = "*"
 
     def check(self, context: Context) -> None:  # noqa: B027  most Steps need nothing
@@ -59,6 +62,10 @@ class Step(ABC):
         """The fields that differ from their defaults, as plain data; a Step in a field is {name: its settings}."""
         held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)}
         return {k: {v.name: v.settings()} if isinstance(v, Step) else v for k, v in held.items()}
+
+    def done(self) -> dict[str, Any]:
+        """The settings for a network's history: those that made it what it is, the same wherever it was made."""
+        return {k: v for k, v in self.settings().items() if k not in self.keeping}
 
     def share(self) -> float | None:
         """How much this Step takes away, as a share between 0 and 1: the largest of its `amounts`; None if none is set.
@@ -103,7 +110,9 @@ class Step(ABC):
         good = isinstance(value, int | float) and not isinstance(value, bool)
         wanted = _field_types(type(self))[field]
         if good and isinstance(value, float) and float not in (typing.get_args(wanted) or (wanted,)):
-            raise RecipeError(f"{self.name}.{field} must be a whole number, got {value!r}")
+            raise RecipeError(
+                f"{self.name}.{field} must be a whole number, got {value!r}", hint=_left_away(type(self), field)
+            )
         if (
             not good
             or not (low < value if open_low else low <= value)
@@ -120,7 +129,7 @@ class Step(ABC):
                 limits = f"below {high:g}"
             if not good:
                 limits = f"a number {limits}"
-            raise RecipeError(f"{self.name}.{field} must be {limits}, got {value!r}", hint=_hint(value, low, high))
+            raise RecipeError(f"{self.name}.{field} must be {limits}, got {value!r}", hint=_hint(value, low, high) or _left_away(type(self), field))
 
     def require_one_of(self, field: str, known: Sequence[Any]) -> None:
         """Raises with a "did you mean" unless the field has one of the known values."""
@@ -136,7 +145,10 @@ class Step(ABC):
         """Raises unless the field is a whole number of at least `low`."""
         value = getattr(self, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise RecipeError(f"{self.name}.{field} must be a whole number of at least {low}, got {value!r}")
+            raise RecipeError(
+                f"{self.name}.{field} must be a whole number of at least {low}, got {value!r}",
+                hint=_left_away(type(self), field),
+            )
 
     def require_step(self, field: str) -> None:
         """Raises unless the field holds a Step or None."""
@@ -178,6 +190,14 @@ def _hint(value: Any, low: float, high: float) -> str | None:
     if isinstance(value, int | float) and (low, high) == (0, 1) and 1 < value <= 100:
         return f"write {value / 100:g} for {value:g} %"
     return None
+
+
+def _left_away(kind: type[Step], field: str) -> str | None:
+    """What happens without a value: a hint where any number in a range would do."""
+    default = _default(next(f for f in dataclasses.fields(kind) if f.name == field))
+    if default is dataclasses.MISSING:
+        return None
+    return "it may be left away" if default is None else f"left away it is {default!r}"
 
 
 def step(cls: S) -> S:
