@@ -129,7 +129,10 @@ class Step(ABC):
                 limits = f"below {high:g}"
             if not good:
                 limits = f"a number {limits}"
-            raise RecipeError(f"{self.name}.{field} must be {limits}, got {value!r}", hint=_hint(value, low, high) or _left_away(type(self), field))
+            raise RecipeError(
+                f"{self.name}.{field} must be {limits}, got {value!r}",
+                hint=_hint(value, low, high) or _left_away(type(self), field),
+            )
 
     def require_one_of(self, field: str, known: Sequence[Any]) -> None:
         """Raises with a "did you mean" unless the field has one of the known values."""
