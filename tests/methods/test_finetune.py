@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import nn
@@ -179,6 +181,26 @@ def test_a_network_of_one_batch_size_says_which() -> None:
     assert Finetune(batch_size=8, epochs=1, lr=0.1).plan(fixed, here).edits
 
 
+@pytest.mark.parametrize(
+    ("most", "kept"), [(9, range(9)), (5, (0, 2, 4, 6, 8)), (4, (2, 5, 8)), (3, (2, 5, 8)), (2, (3, 8)), (1, (8,))]
+)
+def test_sums_are_evenly_spread_with_the_last(most: int, kept: Iterable[int]) -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.relu()
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    x = torch.rand(4, 2)
+    network = pj.capture(Deep(), (x,))
+    assert list(shared_sums(network, network, (x,), most=most)) == [f"add_{i}" if i else "add" for i in kept]
+
+
 def test_hints_at_residual_sums() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
@@ -201,7 +223,7 @@ def test_hints_at_residual_sums() -> None:
         pj.PruneChannels(ratio=0.5, where="a", reconstruct=False), pj.Finetune(teacher="original", hints=1.0, epochs=30)
     )
     pruned, tuned = (pj.compress(network, pj.Recipe(*recipe.steps[:n]), data=[x]).network for n in (1, 2))
-    assert shared_sums(pruned, network, (x,)) == {"add": None}
+    assert shared_sums(pruned, network, (x,), most=8) == {"add": None}
 
     def far(other: pj.Network) -> float:
         sums = [exposing(n, ["add"]).run(x)[-1] for n in (network, other)]
@@ -214,7 +236,7 @@ def test_hints_at_residual_sums() -> None:
     kept = (0, 2, 3, 6, 7)
     gone = tuple(set(range(8)) - set(kept))
     narrow = network.apply([pj.network.RemoveChannels(parameter="stem.weight", dim=0, indices=gone)])
-    found = shared_sums(narrow, network, (x,))["add"]
+    found = shared_sums(narrow, network, (x,), most=8)["add"]
     assert found is not None and (found[0], tuple(found[1].tolist())) == (1, kept)
     plan = pj.Finetune(teacher="original", hints=1.0).plan(narrow, Context(original=network, data=Data([x])))
     assert plan.edits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +29,9 @@ def exposing(network: Network, values: Sequence[str]) -> Network:
 
 
 @torch.no_grad()
-def shared_sums(one: Network, other: Network, inputs: Any) -> dict[str, tuple[int, Tensor] | None]:
-    """The sums of two activations (the residual stream) that both networks have under one name.
+def shared_sums(one: Network, other: Network, inputs: Any, *, most: int) -> dict[str, tuple[int, Tensor] | None]:
+    """The sums of two activations (the residual stream) that both networks have under one name; if there are more
+    than `most`, that many or fewer, evenly spread, the last among them.
 
     None for those of one shape. Where `one` has fewer channels, (dimension, the channels of `other` that are most like
     its own on `inputs`): by correlation, each taken once. Left out is what has no such likeness.
@@ -44,7 +46,8 @@ def shared_sums(one: Network, other: Network, inputs: Any) -> dict[str, tuple[in
             found[name] = None
         elif a.ndim == b.ndim and (alike := _alike(a, b)) is not None:
             found[name] = alike
-    return found
+    every = max(1, math.ceil(len(found) / most))
+    return {name: found[name] for name in list(found)[::-1][::every][::-1]}
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[int, Tensor] | None:

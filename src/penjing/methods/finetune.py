@@ -25,6 +25,8 @@ from penjing.training import AUGMENTATIONS, OPTIMIZERS, PRECISIONS, Batch, Train
 _CLASSES = {"classification": 1, "segmentation": 1, "language-modelling": -1}
 #: The teacher's answers are kept, instead of asked for every epoch, while samples and answers stay below this.
 _CACHE_BYTES = 2 << 30
+#: At most so many residual sums are compared: each takes as long as a layer, and neighbours say nearly the same.
+_MOST_HINTS = 8
 #: Samples on which channels of student and teacher are compared.
 _LIKENESS_SAMPLES = 64
 
@@ -37,11 +39,11 @@ class Finetune(Step):
     `teacher="original"` adds the answers of the network that the recipe started from as soft labels at
     `temperature`, with the weight `alpha` (the labels get 1 - alpha). Without a task or without labels only the
     teacher is followed, which needs no labels at all. `hints` weighs a further term: the mean relative squared
-    error at the residual sums that both networks have (Romero et al. 2015, "FitNets", without adapters), in the
-    channels that are still there: those that correlate. Weights that an earlier step masked stay zero.
-    `augment="flip-crop"` varies images. The norms' statistics follow the training samples; with `where`, only tensors
-    it selects change. `precision="bf16"`
-    multiplies in bfloat16: about twice as fast on processors that have it, slower on others.
+    error at the residual sums that both networks have (Romero et al. 2015, "FitNets", without adapters), at most
+    eight of them, in the channels that are still there: those that correlate. Weights that an earlier step masked stay
+    zero. `augment="flip-crop"` varies images. The norms' statistics follow the training samples; with `where`, only
+    tensors it selects change. `precision="bf16"` multiplies in bfloat16: about twice as fast on processors that have
+    it, slower on others.
     """
 
     learns: ClassVar[bool] = True
@@ -83,7 +85,7 @@ class Finetune(Step):
         sums: dict[str, tuple[int, Tensor] | None] = {}
         if self.hints:
             count = _LIKENESS_SAMPLES if network.batch_is_dynamic else network.inputs[0].shape[0]
-            sums = shared_sums(network, context.original, data.first(count))
+            sums = shared_sums(network, context.original, data.first(count), most=_MOST_HINTS)
             if not sums:
                 raise RecipeError(
                     f"Finetune.hints finds no residual sum that {network.name} and its original share",
