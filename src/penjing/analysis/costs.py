@@ -38,7 +38,7 @@ def cost_models(network: Network, groups: Sequence[Group], size: Footprint) -> d
     """
     owners = owners_of(groups)
     tensors = network.tensors()
-    stored = {name: tensor.nbytes for name, tensor in tensors.items()}
+    stored = network.stored_bytes()
     models = {}
     for what, bases, whole in (
         ("macs", size.by_weight, size.macs),
@@ -67,8 +67,9 @@ def exact_costs(
 
 
 def stored_bytes(network: Network) -> int:
-    """Bytes of everything a network stores: weights, statistics of norms, constants; float32 takes 4 a number."""
-    return sum(tensor.nbytes for tensor in network.tensors().values())
+    """Bytes of everything a network stores: weights, statistics of norms, constants; float32 takes 4 bytes a number,
+    codes of narrow grids are packed."""
+    return sum(network.stored_bytes().values())
 
 
 def owners_of(groups: Sequence[Group]) -> dict[str, dict[int, tuple[tuple[str, int], ...]]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from penjing.network.integers import stored_behind
+
 if TYPE_CHECKING:
     from penjing.network.network import Network
 
@@ -61,14 +63,7 @@ def footprint(network: Network) -> Footprint:
 
 def counted_tensors(network: Network) -> dict[str, Tensor]:
     """The tensors that count as parameters: the trainable ones and the integer form of those already quantized."""
-    tensors = network.tensors()
-    names = set(network.parameter_names)
-    for node in network.graph_module.graph.nodes:
-        if node.op == "call_function" and "dequantize" in str(node.target) and isinstance(node.args[0], fx.Node):
-            source = node.args[0]
-            if source.op == "get_attr":
-                names.add(str(source.target))
-    return {name: tensor for name, tensor in tensors.items() if name in names}
+    return {name: tensor for name, tensor in network.tensors().items() if network.is_weight(name)}
 
 
 def layer_of(parameter: str) -> str:
@@ -78,14 +73,8 @@ def layer_of(parameter: str) -> str:
 
 def source_name(node: object) -> str | None:
     """Name of the stored tensor that `node` is, looking through its dequantization; None if it is computed."""
-    while isinstance(node, fx.Node):
-        if node.op == "get_attr":
-            return str(node.target)
-        if node.op == "call_function" and "dequantize" in str(node.target) and node.args:
-            node = node.args[0]
-            continue
-        return None
-    return None
+    stored = stored_behind(node)
+    return str(stored.target) if stored is not None else None
 
 
 def _add(by_layer: dict[str, tuple[int, int]], layer: str, parameters: int, macs: int) -> None:

@@ -90,12 +90,14 @@ def _report(screen: Screen, folder: Path) -> dict[str, Any] | None:
 
 
 def _tensors(network: Network) -> list[dict[str, Any]]:
+    sizes, bits = network.stored_bytes(), network.code_bits()
     return [
         {
             "name": name,
             "shape": list(t.shape),
             "dtype": str(t.dtype).removeprefix("torch."),
-            "bytes": t.numel() * t.element_size(),
+            "bits": bits.get(name, 8 * t.element_size()),
+            "bytes": sizes[name],
             "zeros": float((t == 0).float().mean()) if t.numel() else 0.0,
         }
         for name, t in network.tensors().items()
@@ -122,7 +124,8 @@ def _show_tensors(screen: Screen, tensors: list[dict[str, Any]]) -> None:
         made.add_column(column, justify="left" if column in ("tensor", "type") else "right", overflow="fold")
     for t in sorted(tensors, key=lambda t: -int(t["bytes"]))[:_ROWS]:
         shape = "×".join(map(str, t["shape"])) or "scalar"
-        made.add_row(t["name"], shape, t["dtype"], f"{t['bytes']:,}", f"{100 * t['zeros']:.0f} %")
+        kind = t["dtype"] if t["bits"] >= 8 else f"{t['bits']}-bit codes"
+        made.add_row(t["name"], shape, kind, f"{t['bytes']:,}", f"{100 * t['zeros']:.0f} %")
     screen.say(made)
     if len(tensors) > _ROWS:
         screen.note(f"the {_ROWS} largest of {len(tensors)} tensors; --json lists them all")

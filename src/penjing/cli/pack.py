@@ -35,7 +35,7 @@ def pack(
     with screen.task("pack"):
         pj.pack(network, path)
     size = path.stat().st_size
-    raw = sum(t.numel() * t.element_size() for t in network.tensors().values())
+    raw = sum(network.stored_bytes().values())
     screen.line(f"{path}: {words.size(size)} ({_beside(size, raw)} than the tensors themselves, {words.size(raw)})")
     screen.emit({"schema": 1, "path": str(path), "bytes": size, "tensor_bytes": raw})
     return 0

@@ -18,6 +18,7 @@ from penjing.errors import EditError
 from penjing.network import graph as flat
 from penjing.network.channels.groups import Groups, analyse
 from penjing.network.channels.remove import remove
+from penjing.network.integers import quantize_weight
 
 decomposed = torch.ops.quantized_decomposed
 INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
@@ -58,7 +59,9 @@ class QuantizeTensor:
     `tensor` is a parameter, which is stored as integers afterwards (with an `axis`, its scales as `<name>_scale`
     and its zero points as `<name>_zero_point`), or the name of a graph node or input, behind which a quantize and a
     dequantize node are put, for all of its users or for those named in `users` only. `axis` is the dimension with a
-    scale of its own each (None: one scale).
+    scale of its own each (None: one scale). With `group`, a parameter's rows (dimension 0, the others flattened) are
+    cut into groups of that many values, the last one may be shorter, and `scale` has the shape (rows, groups).
+    `dtype` is what the codes are held in; `quant_min` and `quant_max` say how wide they really are.
     """
 
     tensor: str
@@ -69,6 +72,7 @@ class QuantizeTensor:
     quant_min: int = -128
     quant_max: int = 127
     users: tuple[str, ...] | None = None
+    group: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,33 +200,20 @@ def _quantize_tensors(draft: Draft, edits: Sequence[QuantizeTensor]) -> None:
 def _quantize_parameter(
     graph: fx.Graph, held: dict[str, Tensor], reads: list[fx.Node], edit: QuantizeTensor, dtype: torch.dtype
 ) -> None:
-    old = held[edit.tensor]
-    if not old.is_floating_point():
+    if not held[edit.tensor].is_floating_point():
         raise EditError(f"{edit.tensor} is stored as integers already")
-    scale = torch.as_tensor(edit.scale, dtype=torch.float32)
-    zero = torch.as_tensor(edit.zero_point, dtype=torch.int64)
-    limits = (edit.quant_min, edit.quant_max)
-    value = old.detach().float()
-    first = reads[0]
-    if edit.axis is None:
-        grid = (float(scale), int(zero), *limits, dtype)
-        held[edit.tensor] = decomposed.quantize_per_tensor.default(value, *grid)
-        with graph.inserting_after(first):
-            real = graph.call_function(decomposed.dequantize_per_tensor.default, (first, *grid))
-    else:
-        zero = zero.expand(scale.shape).contiguous()
-        held[edit.tensor] = decomposed.quantize_per_channel.default(value, scale, zero, edit.axis, *limits, dtype)
-        name_scale, name_zero = f"{edit.tensor}_scale", f"{edit.tensor}_zero_point"
-        held |= {name_scale: scale, name_zero: zero}
-        with graph.inserting_after(first):
-            scale_node = graph.create_node("get_attr", name_scale)
-        with graph.inserting_after(scale_node):
-            zero_node = graph.create_node("get_attr", name_zero)
-        with graph.inserting_after(zero_node):
-            arguments = (first, scale_node, zero_node, edit.axis, *limits, dtype)
-            real = graph.call_function(decomposed.dequantize_per_channel.default, arguments)
-    for read in reads:
-        read.replace_all_uses_with(real, delete_user_cb=lambda user: user is not real)
+    quantize_weight(
+        graph,
+        held,
+        reads,
+        edit.tensor,
+        scale=torch.as_tensor(edit.scale, dtype=torch.float32),
+        zero_point=torch.as_tensor(edit.zero_point, dtype=torch.int64),
+        limits=(edit.quant_min, edit.quant_max),
+        dtype=dtype,
+        axis=edit.axis,
+        group=edit.group,
+    )
 
 
 def _quantize_activation(graph: fx.Graph, node: fx.Node, edit: QuantizeTensor, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from penjing.errors import DataError, EditError, InputError
 from penjing.network import edits as edits_module
 from penjing.network import graph as flat
-from penjing.network import storage
+from penjing.network import integers, storage
 from penjing.network.channels.groups import Groups, analyse
 from penjing.network.structure import leaves, structure_from_json, structure_to_json, substitute
 
@@ -110,8 +110,16 @@ class Network:
 
     @functools.cached_property
     def _integer_weights(self) -> frozenset[str]:
-        read = (n.args[0] for n in self.graph_module.graph.nodes if n.target in flat.DEQUANTIZE)
-        return frozenset(str(n.target) for n in read if isinstance(n, fx.Node) and n.op == "get_attr")
+        return frozenset(integers.grids_held(self.graph_module.graph))
+
+    def code_bits(self) -> dict[str, int]:
+        """The bits that each code takes of the weights that are stored as integers, by name (ternary: 2, binary: 1)."""
+        held = integers.grids_held(self.graph_module.graph)
+        return {name: integers.code_bits(self._tensors[name], *limits) for name, limits in held.items()}
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of each tensor, codes packed to the width of their grid: 4 bits take half a byte."""
+        return integers.stored_bytes(self._tensors, self.graph_module.graph)
 
     def groups(self, *, heads: Literal["heads", "dims"] = "heads") -> Groups:
         """The channel groups: what must be removed together (docs/tour.md)."""

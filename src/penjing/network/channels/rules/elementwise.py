@@ -102,7 +102,10 @@ def dequantize(call: Call) -> Labels:
 
 @rule("quantized_decomposed::dequantize_per_channel")
 def dequantize_channels(call: Call) -> Labels:
-    """Stored integers are weights; scales and zero points follow their rows."""
+    """Stored integers are weights; scales and zero points follow their rows. Groups of a row's values stay whole."""
+    if getattr(call.nodes["input"], "op", "") != "get_attr":
+        pinned = call.tape.pin(free(()), "a weight quantized in groups", call.name)
+        return torch.tensor(pinned).expand(call.shape)
     slots = call.weights("input")
     axis = int(call.values["axis"]) % max(1, len(slots.shape))
     rows = call.tape.axis(slots, axis)
