@@ -227,11 +227,13 @@ def test_order_of_the_samples_does_not_change_the_grids() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"weights": "int4"},
-        {"activations": "dynamic"},
-        {"activations": "int4"},
-        {"granularity": "group:128"},
-        {"rounding": "gptq"},
+        {"weights": "int5"},
+        {"activations": "int6"},
+        {"granularity": "group:0"},
+        {"granularity": "rows"},
+        {"granularity": 128},
+        {"rounding": "upwards"},
+        {"scales": "integer"},
         {"ranges": "minimax"},
         {"samples": 0},
         {"samples": True},
@@ -243,10 +245,9 @@ def test_unknown_settings_are_refused(fields: dict[str, Any]) -> None:
     assert f"Quantize.{next(iter(fields))}" in caught.value.message
 
 
-def test_the_refusal_says_what_is_there() -> None:
-    with pytest.raises(RecipeError) as caught:
-        Quantize(activations="dynamic")
-    assert "available now" in str(caught.value)
+def test_ternary_and_binary_weights_have_no_zero_point() -> None:
+    with pytest.raises(RecipeError, match="binary weights are symmetric"):
+        Quantize(weights="binary", symmetric=False)
 
 
 def test_missing_data() -> None:

@@ -1,31 +1,31 @@
-"""Quantize: weights, or weights and activations, on 8-bit grids after training, without labels."""
+"""Quantize: weights, or weights and activations, on integer grids of 16 bits to one, after training, without labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
+from penjing.analysis.activation_grids import activation_grids
 from penjing.analysis.operators import operator_name
 from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.placement import Layer, Placement, Quantizer, place
 from penjing.analysis.twin import Twin
+from penjing.analysis.weight_grids import SCALES, WEIGHT_TYPES, Scales, granularity, on_grid, shifts, weight_grid
 from penjing.errors import DataError, InputError, RecipeError
 from penjing.network.edits import Edit, QuantizeTensor, SetWeights
 from penjing.network.network import Network
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.registry import did_you_mean
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid, Ranges
-from penjing.tensors.observers import Observer
 from penjing.tensors.saturation import LIMIT, without_saturation
 
 _BATCH, _BATCH_VALUES = 32, 2**19  # what fits a processor's caches is faster
-_LATER = (
-    "available now: weights='int8', activations='int8' or None, granularity='channel' or 'tensor', rounding='nearest'"
-)
+_ACTIVATIONS = ("int16", "int8", "int4", None)
 
 
 @step
@@ -33,20 +33,24 @@ _LATER = (
 class Quantize(Step):
     """Quantizes after training: batch norms folded, weights rounded to nearest, activation ranges from samples.
 
-    `weights` and `activations` are integer types; `activations=None` stores weights as integers and computes in float.
-    `granularity`: a weight scale for each output "channel" or one for the "tensor". `symmetric` weights have zero
-    point 0; activations are always asymmetric, one grid a tensor. `ranges` chooses what part of the values a grid
-    covers: "minmax" all of it; "mse" what gives the least squared error; "percentile" all but 0.01 %; "entropy" what
-    loses least information (Kullback-Leibler). Weights follow "mse"; otherwise they take all of their range, since
-    with a scale a channel clipping only hurts them. `samples` is how many samples are looked at.
+    `weights` are "int16", "int8", "int6", "int4", "int3", "int2", "ternary" (-1, 0, 1) or "binary" (-1, 1),
+    `activations` "int16", "int8" or "int4"; `activations=None` stores weights as integers and computes in float.
+    `granularity`: a weight scale for each output "channel", for each "group:N" of N neighbouring weights of a row, or
+    one for the "tensor". No integer kernel multiplies groups: what reads them computes in float. `symmetric` weights
+    have zero point 0; activations are always asymmetric, one grid a tensor. `ranges` chooses what part of the values a
+    grid covers: "minmax" all of it; "mse" what gives the least squared error; "percentile" all but 0.01 %; "entropy"
+    what loses least information (Kullback-Leibler). Weights of less than 8 bits follow it; those of 8 and 16 follow
+    "mse" and otherwise take all of their range, since with a scale a channel clipping only hurts them. Ternary and
+    binary scales are those of least error (see analysis/weight_grids.py). `scales` "power-of-two" rounds each scale up
+    to one, for hardware that shifts. `samples` is how many samples are looked at.
 
-    `headroom` makes neighbouring weights small enough for kernels that add their products in 16 bits (x86 without VNNI
-    would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves
+    `headroom` makes neighbouring int8 weights small enough for kernels that add their products in 16 bits (x86 without
+    VNNI would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves
     biases so that every layer's mean output comes near that of the float network, layer after layer, as far as the
     samples agree on it (Nagel et al., "Data-free quantization through weight equalization and bias correction",
     2019).
 
-    Refuses with RecipeError what is not there yet, with DataError missing samples or samples that give infinite values.
+    Refuses with RecipeError what does not exist, with DataError missing samples or samples that give infinite values.
     """
 
     weights: str = "int8"
@@ -55,27 +59,37 @@ class Quantize(Step):
     symmetric: bool = True
     rounding: str = "nearest"
     ranges: str = "minmax"
+    scales: str = "float"
     samples: int = 300
     headroom: bool = True
     correct_bias: bool = True
 
     def __post_init__(self) -> None:
-        self._allow("weights", ("int8",))
-        self._allow("activations", ("int8", None))
-        self._allow("granularity", ("channel", "tensor"))
-        self._allow("rounding", ("nearest",))
+        self.require_one_of("weights", WEIGHT_TYPES)
+        if self.activations not in _ACTIVATIONS:
+            known = tuple(a for a in _ACTIVATIONS if a is not None)
+            words = ", ".join(repr(a) for a in _ACTIVATIONS)
+            raise RecipeError(
+                f"Quantize.activations must be one of {words}, got {self.activations!r}",
+                hint=did_you_mean(str(self.activations), known),
+            )
+        if not isinstance(self.granularity, str) or granularity(self.granularity) is None:
+            raise RecipeError(
+                f"Quantize.granularity must be 'channel', 'tensor' or 'group:' and a number, got {self.granularity!r}",
+                hint="for example granularity='group:128'",
+            )
+        self.require_one_of("rounding", ("nearest",))
         self.require_one_of("ranges", grids.RANGES)
+        self.require_one_of("scales", SCALES)
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
             raise RecipeError(f"Quantize.samples must be a whole number of at least 1, got {self.samples!r}")
         for field in ("symmetric", "headroom", "correct_bias"):
             if not isinstance(getattr(self, field), bool):
                 raise RecipeError(f"Quantize.{field} must be true or false, got {getattr(self, field)!r}")
-
-    def _allow(self, field: str, known: tuple[str | None, ...]) -> None:
-        value = getattr(self, field)
-        if value not in known:
-            words = " or ".join(repr(k) for k in known)
-            raise RecipeError(f"Quantize.{field} must be {words}, got {value!r}", hint=_LATER)
+        if not self.symmetric and self.weights in ("ternary", "binary"):
+            raise RecipeError(
+                f"{self.weights} weights are symmetric", hint="leave symmetric away, or use weights='int2'"
+            )
 
     def check(self, context: Context) -> None:
         """Static activations need samples."""
@@ -101,6 +115,7 @@ class _Planner:
     def __init__(self, settings: Quantize, network: Network, context: Context) -> None:
         self.settings, self.network, self.context = settings, network, context
         self.left: dict[str, str] = {}
+        self.per_channel, self.group = granularity(settings.granularity) or (True, 0)
 
     def plan(self) -> Plan:
         folding = fold_pads(self.network)
@@ -152,55 +167,58 @@ class _Planner:
                 self.left |= {layer.node: f"{name} is also used by {other}" for layer in layers}
                 continue
             axes = {layer.axis for layer in layers}
-            axis = axes.pop() if len(axes) == 1 and self.settings.granularity == "channel" else None
+            axis = axes.pop() if len(axes) == 1 and self.per_channel else None
             found[name] = self._weight(name, tensors[name].detach(), axis, layers)
         return found
 
     def _weight(self, name: str, weight: Tensor, axis: int | None, layers: list[Layer]) -> _Weight:
-        low, high = grids.limits(self.settings.weights, narrow=self.settings.symmetric)
-        ranges: Ranges = "mse" if self.settings.ranges == "mse" else "minmax"
+        settings = self.settings
+        ranges = cast(Ranges, settings.ranges)
+        if settings.weights in ("int8", "int16") and ranges != "mse":
+            ranges = "minmax"
+        fixed = settings.scales == "power-of-two"
         try:
-            grid = grids.tensor_grid(weight, low, high, axis=axis, symmetric=self.settings.symmetric, ranges=ranges)
+            grid = weight_grid(
+                weight,
+                settings.weights,
+                axis=axis,
+                group=self.group,
+                symmetric=settings.symmetric,
+                ranges=ranges,
+                scales=cast(Scales, settings.scales),
+            )
         except ValueError as error:
             raise InputError(f"{name} cannot be quantized: {error}", hint="exclude it with where") from error
-        if self.settings.headroom and self.settings.symmetric and self.settings.activations is not None:
+        eight = settings.weights == "int8" and not grid.group and settings.activations is not None
+        if settings.headroom and settings.symmetric and eight:
             channels = {x.axis for x in layers if x.integer and not x.depthwise}
             if len(channels) == 1 and (channel := channels.pop()) is not None:
-                return _Weight(*without_saturation(weight, grid, channel))
+                return _Weight(*without_saturation(weight, grid, channel, keep_scale=fixed))
             if channels:  # which values are neighbours differs from layer to layer: any two must fit
                 half = LIMIT // 2
-                coarse = replace(grid, scale=grid.scale * (high / half))
+                coarse = replace(grid, scale=grid.scale * (2.0 if fixed else grid.quant_max / half))
                 return _Weight(coarse, grids.fake_quantize(weight, replace(coarse, quant_min=-half, quant_max=half)))
-        return _Weight(grid, grids.fake_quantize(weight, grid))
+        return _Weight(grid, on_grid(weight, grid, settings.weights))
 
     # ------------------------------------------------------------------------------------------------- activations
     def _activations(self, network: Network, placement: Placement) -> dict[int, Grid]:
         """Runs the samples through the float network and makes a grid of each class of values that share one."""
-        ranges = cast(Ranges, self.settings.ranges)
-        observers = {q.value: Observer(histogram=ranges != "minmax") for q in placement.quantizers}
-        seen = 0
-        watcher = _Watcher(network.graph_module, observers)
-        with self.context.progress.task("looking at activations", self.settings.samples) as advance, torch.no_grad():
-            for inputs in self._batches(network, self.settings.samples):
-                flat = tuple(network.bind(inputs).values())
-                watcher.run(*flat)
-                seen += len(flat[0])
-                advance(len(flat[0]))
-        if seen == 0:
-            raise DataError("the data holds no samples", hint="Quantize looks at the first samples of data")
-        merged: dict[int, Observer] = {}
-        low, high = grids.limits(cast(str, self.settings.activations))
-        for q in placement.quantizers:
-            observer = observers[q.value]
-            if observer.broken:
-                raise DataError(
-                    f"{observer.broken} values at '{q.value}' are NaN or infinite on these samples",
-                    hint="check the samples and the network's outputs before quantizing",
-                )
-            if observer.count == 0:
-                raise DataError(f"no value was seen at '{q.value}'", hint="the samples must not be empty")
-            merged.setdefault(q.grid, Observer(histogram=ranges != "minmax")).merge(observer)
-        return {number: _activation_grid(o.range(ranges, high - low + 1), low, high) for number, o in merged.items()}
+        with self.context.progress.task("looking at activations", self.settings.samples) as advance:
+
+            def shown() -> Iterator[tuple[Tensor, ...]]:
+                for inputs in self._batches(network, self.settings.samples):
+                    flat = tuple(network.bind(inputs).values())
+                    yield flat
+                    advance(len(flat[0]))
+
+            return activation_grids(
+                network.graph_module,
+                placement.quantizers,
+                shown(),
+                dtype=cast(str, self.settings.activations),
+                ranges=cast(Ranges, self.settings.ranges),
+                scales=cast(Scales, self.settings.scales),
+            )
 
     def _compare(
         self, network: Network, placement: Placement, weights: dict[str, _Weight], activations: dict[int, Grid]
@@ -240,9 +258,12 @@ class _Planner:
             if layer.parameter is not None:
                 weight = weights[layer.parameter]
                 score = grids.sqnr(tensors[layer.parameter].detach(), weight.rounded)
-                kind = "channel" if weight.grid.axis is not None else "tensor"
-                choice = f"{self.settings.weights} weights per {kind}" + (f", {choice}" if choice else "")
+                choice = f"{self.settings.weights} weights per {_kind(weight.grid)}" + (f", {choice}" if choice else "")
                 words.append(f"weights {score:.1f} dB")
+                if self.settings.scales == "power-of-two":
+                    words[-1] += f" ({shifts(weight.grid)})"
+                if weight.grid.group and layer.integer:
+                    words.append("groups: computed in float")
             if twin is not None and layer.integer:
                 words += [
                     f"inputs {twin.sqnr[s]:.1f} dB" for s in placement.sources.get(layer.node, ()) if s in twin.sqnr
@@ -268,27 +289,9 @@ class _Planner:
         return tuple(notes)
 
 
-class _Watcher(fx.Interpreter):
-    """Runs a graph and shows chosen values to their observers."""
-
-    def __init__(self, module: fx.GraphModule, observers: Mapping[str, Observer]) -> None:
-        super().__init__(module)
-        self.observers = observers
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.observers and isinstance(value, Tensor):
-            self.observers[n.name].update(value)
-        return value
-
-
 def _batch(network: Network) -> int:
     values = sum(torch.Size(i.shape[1:]).numel() for i in network.inputs)
     return max(4, min(_BATCH, _BATCH_VALUES // max(1, values)))
-
-
-def _activation_grid(limits: tuple[float, float], quant_min: int, quant_max: int) -> Grid:
-    return grids.affine_grid(torch.tensor(limits[0]), torch.tensor(limits[1]), quant_min, quant_max)
 
 
 def _moved(tensors: Mapping[str, Tensor], weights: Mapping[str, _Weight]) -> list[Edit]:
@@ -305,8 +308,9 @@ def _weight_edit(name: str, grid: Grid, dtype: str) -> QuantizeTensor:
         tensor=name,
         scale=grid.scale,
         zero_point=grid.zero_point,
-        dtype=dtype,
+        dtype="int16" if dtype == "int16" else "int8",
         axis=grid.axis,
+        group=grid.group,
         quant_min=grid.quant_min,
         quant_max=grid.quant_max,
     )
@@ -317,6 +321,7 @@ def _activation_edit(quantizer: Quantizer, grid: Grid) -> QuantizeTensor:
         tensor=quantizer.value,
         scale=float(grid.scale),
         zero_point=int(grid.zero_point),
+        dtype="int16" if grid.quant_max > 127 else "int8",
         quant_min=grid.quant_min,
         quant_max=grid.quant_max,
         users=quantizer.users,
@@ -336,6 +341,12 @@ def _uses(graph: fx.Graph) -> dict[str, set[str]]:
                 else:
                     found.setdefault(str(node.target), set()).add(user.name)
     return found
+
+
+def _kind(grid: Grid) -> str:
+    if grid.group:
+        return f"group of {grid.group}"
+    return "channel" if grid.axis is not None else "tensor"
 
 
 def _title(layer: Layer) -> str:

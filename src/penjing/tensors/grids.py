@@ -128,7 +128,7 @@ def tensor_grid(
         raise ValueError("the tensor is empty")
     if not bool(torch.isfinite(x).all()):
         raise ValueError("the tensor holds NaN or infinite values")
-    rows, count = _rows(x, axis, group)
+    rows, count = grid_rows(x, axis, group)
     low, high = rows.amin(1), rows.amax(1)
     if ranges == "mse":
         low, high = _by_error(rows, low, high, quant_min, quant_max, symmetric)
@@ -143,8 +143,8 @@ def tensor_grid(
     return affine_grid(low, high, quant_min, quant_max, symmetric=symmetric, axis=0 if group else axis, group=group)
 
 
-def _rows(x: Tensor, axis: int | None, group: int) -> tuple[Tensor, int]:
-    """(rows that get a grid each, groups per channel)"""
+def grid_rows(x: Tensor, axis: int | None, group: int) -> tuple[Tensor, int]:
+    """(rows that get a grid each, shape (grids, values), short groups filled with zeros; groups per channel)"""
     x = x.detach().to(torch.float32)
     if group:
         flat = x.reshape(x.shape[0], -1)

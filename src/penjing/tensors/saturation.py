@@ -38,12 +38,13 @@ def may_saturate(codes: Tensor, axis: int) -> bool:
     return any(bool((rows[:, pairs].sum(-1).abs() > LIMIT).any()) for pairs in _neighbours(inner, rows.shape[1]))
 
 
-def without_saturation(x: Tensor, grid: Grid, axis: int) -> tuple[Grid, Tensor]:
+def without_saturation(x: Tensor, grid: Grid, axis: int, *, keep_scale: bool = False) -> tuple[Grid, Tensor]:
     """(a grid, values on it) close to `x` with no two neighbouring integers that add to more than 128 in magnitude.
 
     `grid` is symmetric about 0 with limits in ±127, one scale or one for each index of `axis`, the output channels.
     Pairs that are too large are moved to the nearest point that is not; each scale is the one, between that of `grid`
-    and the one that no pair exceeds, that leaves the least squared error. Zeros stay zero.
+    and the one that no pair exceeds, that leaves the least squared error (with `keep_scale` that of `grid`). Zeros stay
+    zero.
     """
     rows, inner = _rows(x.detach().to(torch.float32), axis)
     pairs = _neighbours(inner, rows.shape[1])
@@ -53,7 +54,7 @@ def without_saturation(x: Tensor, grid: Grid, axis: int) -> tuple[Grid, Tensor]:
     high = torch.stack(sums).amax(0) / LIMIT if sums else low
     high = torch.maximum(high.amax() if grid.axis is None else high, low)
     best, chosen, scale = torch.full_like(low, torch.inf), torch.zeros_like(rows), low
-    for fraction in _FRACTIONS:
+    for fraction in _FRACTIONS[:1] if keep_scale else _FRACTIONS:
         tried = low * (high / low) ** fraction
         codes = _separated(rows, tried, pairs, grid)
         error = (codes * tried - rows).square().sum(1, keepdim=True)
