@@ -29,6 +29,9 @@ SHARED = {
         "onnx_graph",
         "onnx_passes",
         "onnx_views",
+        "onnx_nodes",
+        "onnx_activations",
+        "onnx_weights",
         "onnx_attention",
     },
 }

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -245,13 +245,7 @@ def _artifact(
     made = engine.export(
         network, folder / name, samples=None if samples is None else samples.first(32), progress=progress
     )
-    return {
-        "path": name,
-        "runtime": runtime,
-        "bytes": made.bytes,
-        "sha256": made.sha256,
-        "parity": asdict(made.parity),
-    }
+    return made.row()
 
 
 def _write_report(report: Report, artifacts: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:

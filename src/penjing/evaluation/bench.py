@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class Bench:
             for name in opened
         }
         executed = dict(Counter(each.precision for each in opened[_RESULT][0].executed()))
-        row = _artifact_row(artifact)
+        row = artifact.row()
         if not references:
             return TargetResult(target=str(target), result=measured[_RESULT], artifacts=(row,), executed=executed)
         fastest = min(references, key=lambda name: timed[name].p50)
@@ -239,16 +239,6 @@ def _faster(settings: LatencySettings, asked: LatencySettings) -> LatencySetting
         least_rounds=least,
         most_rounds=max(least, min(settings.most_rounds, asked.most_rounds)),
     )
-
-
-def _artifact_row(artifact: Artifact) -> dict[str, Any]:
-    return {
-        "path": artifact.path.name,
-        "runtime": artifact.runtime,
-        "bytes": artifact.bytes,
-        "sha256": artifact.sha256,
-        "parity": asdict(artifact.parity),
-    }
 
 
 def _sizes_change(result: Measurement, baseline: Measurement) -> dict[str, Any]:

@@ -149,15 +149,15 @@ def _read_back(
 
 
 # --------------------------------------------------------------------------------------------------------- reading
-def codes_read(node: fx.Node) -> fx.Node | None:
-    """The `get_attr` node whose stored codes a dequantizing node reads, cut into groups or not; None if it reads an
-    activation."""
+def codes_read(node: fx.Node, sources: tuple[str, ...] = ("get_attr",)) -> fx.Node | None:
+    """The node (an operation of `sources`) whose stored codes a dequantizing node reads, cut into groups or not; None
+    if it reads an activation."""
     if node.target not in DEQUANTIZE:
         return None
     source = node.args[0]
     while isinstance(source, fx.Node) and source.target in _AROUND:
         source = source.args[0]
-    return source if isinstance(source, fx.Node) and source.op == "get_attr" else None
+    return source if isinstance(source, fx.Node) and source.op in sources else None
 
 
 def stored_behind(node: object) -> fx.Node | None:
@@ -191,6 +191,12 @@ def code_bits(codes: Tensor, low: int, high: int) -> int:
     if (low, high) == (-1, 1):
         return 1 if bool((codes != 0).all()) else 2
     return max(1, (high - low).bit_length())
+
+
+def code_kind(codes: Tensor, low: int, high: int) -> str:
+    """ "int4", "ternary" or "binary": the type whose codes these are."""
+    bits = code_bits(codes, low, high)
+    return {1: "binary", 2: "ternary"}[bits] if (low, high) == (-1, 1) else f"int{bits}"
 
 
 def stored_bytes(tensors: Mapping[str, Tensor], graph: fx.Graph) -> dict[str, int]:

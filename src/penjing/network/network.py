@@ -117,6 +117,11 @@ class Network:
         held = integers.grids_held(self.graph_module.graph)
         return {name: integers.code_bits(self._tensors[name], *limits) for name, limits in held.items()}
 
+    def code_kinds(self) -> dict[str, str]:
+        """The type of each weight that is stored as integers: "int8", "int4", "ternary" and so on, by name."""
+        held = integers.grids_held(self.graph_module.graph)
+        return {name: integers.code_kind(self._tensors[name], *limits) for name, limits in held.items()}
+
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of each tensor, codes packed to the width of their grid: 4 bits take half a byte."""
         return integers.stored_bytes(self._tensors, self.graph_module.graph)

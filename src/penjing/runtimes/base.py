@@ -13,7 +13,7 @@ import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -109,15 +109,33 @@ class Target:
         return self.runtime + (":" + ",".join(options) if options else "")
 
 
+@dataclass(frozen=True)
+class Widened:
+    """A tensor of a type that a file or the runtime's kernels do not have: `kind` ("int3") became `stored` ("int4"),
+    the numbers stay the same; `why` in a few words."""
+
+    tensor: str
+    kind: str
+    stored: str
+    why: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A file that a runtime opens; `bytes` and `sha256` are those of the file, `parity` how it compares."""
+    """A file that a runtime opens; `bytes` and `sha256` are those of the file, `parity` how it compares, `widened` what
+    it could not hold as narrow as the network does."""
 
     path: Path
     runtime: str
     bytes: int
     sha256: str
     parity: Parity
+    widened: tuple[Widened, ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        """What reports say of it, as plain data."""
+        described = asdict(self)
+        return {**described, "path": self.path.name, "widened": [asdict(w) for w in self.widened]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +222,8 @@ class Runtime(ABC):
             ) from None
 
     @abstractmethod
-    def _write(self, network: Network, path: Path) -> None:
-        """Writes the network in this runtime's dialect."""
+    def _write(self, network: Network, path: Path) -> tuple[Widened, ...]:
+        """Writes the network in this runtime's dialect; returns what had to be widened."""
 
     @abstractmethod
     def _open(self, path: Path, target: Target) -> Session:
@@ -241,13 +259,13 @@ class Runtime(ABC):
         if final.suffix != self.suffix:
             raise InputError(f"a file for {self.name} ends in {self.suffix}, got {final.name!r}")
         with appearing(final) as aside, progress.task(f"exporting for {self.name}", 2) as advance:
-            self._write(network, aside)
+            widened = self._write(network, aside)
             advance(1)
             parity = verify(self, network, aside, samples=samples)
             advance(1)
             digest = hashlib.sha256(aside.read_bytes()).hexdigest()
             size = aside.stat().st_size
-        return Artifact(path=final, runtime=self.name, bytes=size, sha256=digest, parity=parity)
+        return Artifact(path=final, runtime=self.name, bytes=size, sha256=digest, parity=parity, widened=widened)
 
     def verify(self, network: Network, path: str | Path, *, samples: Any = None) -> Parity:
         """The parity gate on a file that is there already; raises ParityError naming where it departs."""

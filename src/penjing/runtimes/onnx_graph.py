@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from penjing.errors import ExportError, InputError
+from penjing.network import integers
 from penjing.runtimes import onnx_passes
+from penjing.runtimes.base import Widened
 from penjing.runtimes.onnx_passes import Dialect
-from penjing.runtimes.trace import program, quiet
+from penjing.runtimes.onnx_weights import Stored
+from penjing.runtimes.trace import program, quiet, tensor_names
 
 if TYPE_CHECKING:
     from penjing.network import Network
@@ -26,16 +29,31 @@ OPSET = 21
 _LIMIT = 2**31 - 2**20  # bytes of one protobuf message
 
 
-def write(network: Network, path: Path, dialect: Dialect) -> None:
-    """Writes the network as one .onnx file in a runtime's dialect."""
+def write(network: Network, path: Path, dialect: Dialect) -> tuple[Widened, ...]:
+    """Writes the network as one .onnx file in a runtime's dialect; returns what had to be widened."""
     import onnx
     import onnx_ir as ir
 
-    plain, _ = _translated(network)
+    plain, traced = _translated(network)
     model = ir.from_proto(onnx.load_model_from_string(plain))
-    onnx_passes.run(model, dialect)
+    widened = onnx_passes.run(model, dialect, _stored(network, traced))
     _name_dimensions(model, network)
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    return widened
+
+
+def _stored(network: Network, traced: torch.export.ExportedProgram) -> dict[str, Stored]:
+    """The network's stored weights by the name of the value that dequantizing them gives in the file."""
+    tensors, kinds, names = network.tensors(), network.code_kinds(), tensor_names(traced)
+    found = {}
+    for node in traced.graph.nodes:
+        source = integers.codes_read(node, ("placeholder",)) if node.op == "call_function" else None
+        name = None if source is None else names.get(str(source.target))
+        if name is None or name not in kinds:
+            continue
+        group = int(node.meta["val"].shape[-1]) if node.args[0] is not source else 0
+        found[node.name] = Stored(name, kinds[name], tuple(tensors[name].shape), group)
+    return found
 
 
 def decomposed(network: Network) -> torch.export.ExportedProgram:

@@ -6,14 +6,18 @@ and to its zero point: the numbers that the codes stand for stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from penjing.runtimes.base import Widened
+from penjing.runtimes.onnx_activations import clip_codes, wide_to_float
 from penjing.runtimes.onnx_attention import plain_transpositions
+from penjing.runtimes.onnx_nodes import attribute, dequantize, is_output, keep, replace_all, set_axis
 from penjing.runtimes.onnx_views import carry_grids, constant
+from penjing.runtimes.onnx_weights import Stored, gather, narrow
 
 Array = np.ndarray[Any, Any]
 
@@ -29,23 +33,32 @@ class Dialect:
     (zero point 128).
     `integer_bias`: the bias of an integer Gemm becomes int32 on the grid of its products (ONNX Runtime needs that).
     `carried_grids`: what only moves values gets its inputs' grid behind it as well (ONNX Runtime needs that).
+    `products_of_bits`: large products with 4-bit weights become MatMulNBits (ONNX Runtime has it).
+    `clipped_codes`: activations on fewer than 8 bits are clipped as integers, not before they are rounded (ONNX Runtime
+    fuses a layer with the rounding right behind it).
     """
 
     unsigned_activations: bool
     unsigned_weights: Callable[[Array, bool], bool]
     integer_bias: bool
     carried_grids: bool
+    products_of_bits: bool
+    clipped_codes: bool
 
 
-def run(model: Any, dialect: Dialect) -> None:
-    """All passes, in place."""
+def run(model: Any, dialect: Dialect, weights: Mapping[str, Stored]) -> tuple[Widened, ...]:
+    """All passes, in place; returns what had to be widened. `weights`: see `onnx_weights.gather`."""
     graph = model.graph
     _forget_origins(model)
+    stored = gather(graph, weights)
     plain_transpositions(graph)
     _fold_rows(graph)
     _fold_rounded(graph)
     _transpose_integers(graph)
     _fold_pads(graph)
+    wide = wide_to_float(graph)
+    if dialect.clipped_codes:
+        clip_codes(graph)
     if dialect.unsigned_activations:
         _activations_to_unsigned(graph)
     if dialect.carried_grids:
@@ -54,46 +67,9 @@ def run(model: Any, dialect: Dialect) -> None:
     if dialect.integer_bias:
         _bias_to_integers(graph)
     _sweep(model)
-
-
-# ------------------------------------------------------------------------------------------------------------- plumbing
-def _keep(graph: Any, name: str, array: Array) -> Any:
-    """A new initializer; an equal one of that name is used again."""
-    import onnx_ir as ir
-
-    unique, count = name, 0
-    while unique in graph.initializers:
-        held = graph.initializers[unique]
-        if held.const_value is not None:
-            same = held.const_value.numpy()
-            if same.dtype == array.dtype and same.shape == array.shape and np.array_equal(same, array):
-                return held
-        count += 1
-        unique = f"{name}_{count}"
-    tensor = ir.tensor(np.asarray(array, order="C"), name=unique)  # ascontiguousarray would give a scalar one dimension
-    value = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _replace_all(old: Any, new: Any) -> None:
-    for user, index in list(old.uses()):
-        user.replace_input_with(index, new)
-
-
-def _is_output(graph: Any, value: Any) -> bool:
-    return any(value is o for o in graph.outputs)
-
-
-def _attribute(node: Any, name: str, default: Any) -> Any:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.value
-
-
-def _set_axis(node: Any, axis: int) -> None:
-    import onnx_ir as ir
-
-    node.attributes["axis"] = ir.AttrInt64("axis", axis)
+    widened = narrow(graph, stored, products_of_bits=dialect.products_of_bits)
+    _sweep(model)
+    return (*wide, *widened)
 
 
 # --------------------------------------------------------------------------------------------------------------- passes
@@ -120,9 +96,9 @@ def _fold_rows(graph: Any) -> None:
         table, rows = constant(node.inputs[0]), constant(node.inputs[1])
         if table is None or rows is None or node.inputs[0].is_graph_input():
             continue
-        taken = np.take(table, rows, axis=int(_attribute(node, "axis", 0)))
-        if taken.size <= table.size and not _is_output(graph, node.outputs[0]):
-            _replace_all(node.outputs[0], _keep(graph, f"{node.inputs[0].name}.rows", taken))
+        taken = np.take(table, rows, axis=int(attribute(node, "axis", 0)))
+        if taken.size <= table.size and not is_output(graph, node.outputs[0]):
+            replace_all(node.outputs[0], keep(graph, f"{node.inputs[0].name}.rows", taken))
             graph.remove(node, safe=True)
 
 
@@ -135,14 +111,14 @@ def _fold_rounded(graph: Any) -> None:
         readers = [user for user, _ in node.outputs[0].uses()]
         if number is None or scale is None or zero is None or scale.ndim or zero.ndim or number.dtype != np.float32:
             continue
-        if _is_output(graph, node.outputs[0]) or any(r.op_type != "DequantizeLinear" for r in readers):
+        if is_output(graph, node.outputs[0]) or any(r.op_type != "DequantizeLinear" for r in readers):
             continue
         limits = np.iinfo(zero.dtype)
         codes = np.clip(np.rint(number / scale) + int(zero), limits.min, limits.max)
-        rounded = _keep(graph, f"{node.inputs[0].name}.rounded", ((codes - int(zero)) * scale).astype(np.float32))
+        rounded = keep(graph, f"{node.inputs[0].name}.rounded", ((codes - int(zero)) * scale).astype(np.float32))
         for reader in readers:
-            if not _is_output(graph, reader.outputs[0]):
-                _replace_all(reader.outputs[0], rounded)
+            if not is_output(graph, reader.outputs[0]):
+                replace_all(reader.outputs[0], rounded)
 
 
 def _transpose_integers(graph: Any) -> None:
@@ -154,30 +130,23 @@ def _transpose_integers(graph: Any) -> None:
         if source is None or source.op_type != "DequantizeLinear":
             continue
         codes = constant(source.inputs[0])
-        if codes is None or _attribute(source, "block_size", 0):
+        if codes is None:
             continue
-        order = list(_attribute(node, "perm", tuple(reversed(range(codes.ndim)))))
-        moved = _keep(graph, f"{source.inputs[0].name}.T", codes.transpose(order))
-        inputs = [moved, *source.inputs[1:]]
-        made = _dequantize(inputs, node)
+        order = list(attribute(node, "perm", tuple(reversed(range(codes.ndim)))))
+        moved = keep(graph, f"{source.inputs[0].name}.T", codes.transpose(order))
+        block, inputs = attribute(source, "block_size", 0), [moved, *source.inputs[1:]]
+        if block:
+            grids = [(v.name, constant(v)) for v in source.inputs[1:]]
+            inputs[1:] = [keep(graph, f"{n}.T", c.transpose(order)) for n, c in grids if c is not None]
+        made = dequantize(inputs, node)
         scale = constant(source.inputs[1])
         if scale is not None and scale.ndim:
-            _set_axis(made, order.index(_attribute(source, "axis", 1) % codes.ndim))
+            set_axis(made, order.index(attribute(source, "axis", 1) % codes.ndim), block)
         graph.insert_before(node, made)
-        _replace_all(node.outputs[0], made.outputs[0])
-        if _is_output(graph, node.outputs[0]):
+        replace_all(node.outputs[0], made.outputs[0])
+        if is_output(graph, node.outputs[0]):
             continue
         graph.remove(node, safe=True)
-
-
-def _dequantize(inputs: list[Any], like: Any) -> Any:
-    import onnx_ir as ir
-
-    old = like.outputs[0]
-    made = ir.Node("", "DequantizeLinear", inputs, num_outputs=1, name=f"{like.name}_integers")
-    made.outputs[0].name = f"{old.name}_integers"
-    made.outputs[0].shape, made.outputs[0].type = old.shape, old.type
-    return made
 
 
 def _fold_pads(graph: Any) -> None:
@@ -198,16 +167,16 @@ def _fold_pads(graph: Any) -> None:
             continue
         for convolution in convolutions:
             rank = len(pads) // 2
-            own = list(_attribute(convolution, "pads", (0,) * (2 * rank)))
+            own = list(attribute(convolution, "pads", (0,) * (2 * rank)))
             total = [int(a + b) for a, b in zip(own, pads, strict=True)]
             convolution.attributes["pads"] = ir.AttrInt64s("pads", total)
-        _replace_all(node.outputs[0], node.inputs[0])
+        replace_all(node.outputs[0], node.inputs[0])
         graph.remove(node, safe=True)
 
 
 def _spatial_pads(node: Any) -> list[int] | None:
     """[begin…, end…] over the spatial axes, or None if this padding cannot go into a convolution."""
-    mode = _attribute(node, "mode", "constant")
+    mode = attribute(node, "mode", "constant")
     amounts = constant(node.inputs[1])
     fill = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(())
     shape = node.inputs[0].shape
@@ -240,11 +209,11 @@ def _spatial_pads(node: Any) -> list[int] | None:
 
 def _convolutions_behind(graph: Any, value: Any) -> list[Any]:
     """The convolutions that read `value`, directly or from a grid that holds zero; [] if anything else reads it."""
-    if _is_output(graph, value):
+    if is_output(graph, value):
         return []
     found = []
     for user, index in value.uses():
-        if user.op_type == "Conv" and index == 0 and _attribute(user, "auto_pad", "NOTSET") == "NOTSET":
+        if user.op_type == "Conv" and index == 0 and attribute(user, "auto_pad", "NOTSET") == "NOTSET":
             found.append(user)
         elif user.op_type in ("QuantizeLinear", "DequantizeLinear") and index == 0:
             zero = constant(user.inputs[2]) if len(user.inputs) > 2 else np.zeros(())
@@ -263,12 +232,12 @@ def _activations_to_unsigned(graph: Any) -> None:
         if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
             continue
         zero = constant(node.inputs[2])
-        if zero is None or zero.dtype != np.int8 or _is_output(graph, node.outputs[0]):
+        if zero is None or zero.dtype != np.int8 or is_output(graph, node.outputs[0]):
             continue
         readers = [user for user, _ in node.outputs[0].uses()]
         if any(r.op_type != "DequantizeLinear" for r in readers):
             continue
-        moved = _keep(
+        moved = keep(
             graph, f"zero_{int(zero.flat[0]) + 128}" if zero.ndim == 0 else f"{node.inputs[2].name}_u8", _shift(zero)
         )
         node.replace_input_with(2, moved)
@@ -290,7 +259,7 @@ def _weights(graph: Any, dialect: Dialect) -> None:
             continue
         source = node.inputs[1].producer()
         activation = node.inputs[0].producer()
-        if source is None or source.op_type != "DequantizeLinear" or _attribute(source, "block_size", 0):
+        if source is None or source.op_type != "DequantizeLinear" or attribute(source, "block_size", 0):
             continue
         if activation is None or activation.op_type != "DequantizeLinear":
             continue
@@ -300,28 +269,28 @@ def _weights(graph: Any, dialect: Dialect) -> None:
         zero = constant(source.inputs[2]) if len(source.inputs) > 2 else np.zeros(scale.shape, np.int8)
         if zero is None:
             continue
-        axis = _attribute(source, "axis", 1) % codes.ndim if scale.ndim else None
-        groups = _attribute(node, "group", 1)
+        axis = attribute(source, "axis", 1) % codes.ndim if scale.ndim else None
+        groups = attribute(node, "group", 1)
         depthwise = node.op_type == "Conv" and 1 < groups == codes.shape[0] and codes.shape[1] == 1
         if not dialect.unsigned_weights(_outputs_first(node, codes), depthwise):
             continue
-        made = _dequantize(
+        made = dequantize(
             [
-                _keep(graph, source.inputs[0].name, _shift(codes)),
+                keep(graph, source.inputs[0].name, _shift(codes)),
                 source.inputs[1],
-                _keep(graph, f"{source.inputs[0].name}_zero_point", _shift(zero)),
+                keep(graph, f"{source.inputs[0].name}_zero_point", _shift(zero)),
             ],
             source,
         )
         if axis is not None:
-            _set_axis(made, axis)
+            set_axis(made, axis)
         graph.insert_before(source, made)
         node.replace_input_with(1, made.outputs[0])
 
 
 def _outputs_first(node: Any, codes: Array) -> Array:
     """A product's weight with its axes as (outputs, inputs, taps …)."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and _attribute(node, "transB", 0)):
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
         return codes
     if node.op_type == "ConvTranspose":
         return codes.swapaxes(0, 1)
@@ -340,9 +309,9 @@ def _bias_to_integers(graph: Any) -> None:
         bias = constant(node.inputs[2])
         if bias is None or bias.dtype != np.float32 or bias.ndim != 1:
             continue
-        if any(f is None or f.op_type != "DequantizeLinear" for f in factors):
+        if any(f is None or f.op_type != "DequantizeLinear" or attribute(f, "block_size", 0) for f in factors):
             continue
-        if _attribute(node, "alpha", 1.0) != 1.0 or _attribute(node, "beta", 1.0) != 1.0:
+        if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
             continue
         steps = [constant(f.inputs[1]) for f in factors]
         if steps[0] is None or steps[1] is None or steps[0].ndim:
@@ -353,11 +322,11 @@ def _bias_to_integers(graph: Any) -> None:
         if not np.isfinite(codes).all() or np.abs(codes).max(initial=0) >= 2**31 - 1:
             continue
         name = f"{node.outputs[0].name}_bias"  # a bias shared by layers has other steps in each
-        made = _dequantize(
-            [_keep(graph, f"{name}_codes", codes.astype(np.int32)), _keep(graph, f"{name}_scale", step)], node
+        made = dequantize(
+            [keep(graph, f"{name}_codes", codes.astype(np.int32)), keep(graph, f"{name}_scale", step)], node
         )
         made.outputs[0].name, made.outputs[0].shape = f"{name}_float", node.inputs[2].shape
-        _set_axis(made, 0)
+        set_axis(made, 0)
         graph.insert_before(node, made)
         node.replace_input_with(2, made.outputs[0])
 

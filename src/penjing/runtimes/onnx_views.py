@@ -9,7 +9,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 #: Operators whose outputs lie on the grid that their inputs lie on, as far as their first input goes.
-_VIEWS = {
+VIEWS = {
     "DepthToSpace",
     "Flatten",
     "MaxPool",
@@ -63,7 +63,7 @@ def _grid(node: Any) -> tuple[Any, Any] | None:
     """(scale, zero point) that all inputs of a view or concatenation share, per tensor."""
     if node.op_type == "Concat":
         inputs = list(node.inputs)
-    elif node.op_type in _VIEWS:
+    elif node.op_type in VIEWS:
         inputs = [node.inputs[0]]
     else:
         return None

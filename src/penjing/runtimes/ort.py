@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from penjing.runtimes import onnx_graph
-from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, register
+from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, Widened, register
 from penjing.runtimes.onnx_passes import Dialect
 from penjing.tensors.saturation import may_saturate
 
@@ -50,7 +50,14 @@ def _unsigned(codes: Array, depthwise: bool) -> bool:
     return not depthwise and may_saturate(torch.from_numpy(np.array(codes)), 0)
 
 
-DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_unsigned, integer_bias=True, carried_grids=True)
+DIALECT = Dialect(
+    unsigned_activations=True,
+    unsigned_weights=_unsigned,
+    integer_bias=True,
+    carried_grids=True,
+    products_of_bits=True,
+    clipped_codes=True,
+)
 
 
 class OrtSession(Session):
@@ -134,8 +141,8 @@ class OnnxRuntime(Runtime):
     requires: ClassVar[str | None] = "onnxruntime"
     extra: ClassVar[str | None] = "onnxruntime"
 
-    def _write(self, network: Network, path: Path) -> None:
-        onnx_graph.write(network, path, DIALECT)
+    def _write(self, network: Network, path: Path) -> tuple[Widened, ...]:
+        return onnx_graph.write(network, path, DIALECT)
 
     def _open(self, path: Path, target: Target) -> Session:
         try:

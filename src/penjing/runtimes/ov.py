@@ -18,7 +18,7 @@ import torch
 
 from penjing.errors import ExportError
 from penjing.runtimes import onnx_graph
-from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, register
+from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, Widened, register
 from penjing.runtimes.onnx_passes import Dialect
 
 if TYPE_CHECKING:
@@ -37,7 +37,14 @@ def _never(codes: Array, depthwise: bool) -> bool:
     return False
 
 
-DIALECT = Dialect(unsigned_activations=True, unsigned_weights=_never, integer_bias=False, carried_grids=False)
+DIALECT = Dialect(
+    unsigned_activations=True,
+    unsigned_weights=_never,
+    integer_bias=False,
+    carried_grids=False,
+    products_of_bits=False,
+    clipped_codes=False,
+)
 
 
 class OpenVinoSession(Session):
@@ -57,6 +64,9 @@ class OpenVinoSession(Session):
         }
         if target.precision is not None:
             self._settings["INFERENCE_PRECISION_HINT"] = target.precision
+        if target.precision == "f32":
+            # By itself it puts the inputs of products with stored weights on grids of 8 bits, anew in every run.
+            self._settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         self._model, self._core = model, core
         self._compiled = core.compile_model(model, "CPU", self._settings)
         self._request: Any = self._compiled.create_infer_request()
@@ -144,8 +154,8 @@ class OpenVino(Runtime):
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         return super().need()
 
-    def _write(self, network: Network, path: Path) -> None:
-        onnx_graph.write(network, path, DIALECT)
+    def _write(self, network: Network, path: Path) -> tuple[Widened, ...]:
+        return onnx_graph.write(network, path, DIALECT)
 
     def _open(self, path: Path, target: Target) -> Session:
         return self._compile(str(path), target, path)

@@ -11,7 +11,7 @@ import torch
 import torch.ao.quantization.fx._decomposed
 
 from penjing.runtimes import trace
-from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, register
+from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, Widened, register
 
 if TYPE_CHECKING:
     from penjing.network import Network
@@ -69,10 +69,12 @@ class Torch(Runtime):
     name: ClassVar[str] = "torch"
     suffix: ClassVar[str] = ".pt2"
 
-    def _write(self, network: Network, path: Path) -> None:
+    def _write(self, network: Network, path: Path) -> tuple[Widened, ...]:
         names = "\n".join((*(i.name for i in network.inputs), "", *network.output_names))
         with trace.quiet():
             torch.export.save(trace.program(network), str(path), extra_files={_NAMES: names})
+        narrow = {n: k for n, k in network.code_kinds().items() if k not in ("int8", "int16")}
+        return tuple(Widened(name, kind, "int8", "a .pt2 holds bytes") for name, kind in narrow.items())
 
     def _open(self, path: Path, target: Target) -> Session:
         program, names = self._read(path)
