@@ -36,7 +36,7 @@ def kmeans(x: Tensor, codes: int, *, importance: Tensor | None = None, zero: boo
         torch.cat([nothing, (weight * values**power).cumsum(1)], 1) for power in (0, 1, 2)
     )  # fmt: skip
     best, found = torch.full((len(values),), torch.inf, dtype=torch.float64), values.new_zeros(len(values), codes)
-    for start in _starts(values, codes):
+    for start in _starts(values, count, codes):
         levels = _lloyd(values, count, first, _with_zero(start) if zero else start, zero)
         error = _error(values, count, first, second, levels)
         found = torch.where((error < best)[:, None], levels, found)
@@ -107,18 +107,24 @@ def _signed(choices: list[list[float]]) -> Tensor:
     return table / table.amax()
 
 
-def _starts(values: Tensor, codes: int) -> list[Tensor]:
-    rows, length = values.shape
+def _starts(values: Tensor, count: Tensor, codes: int) -> list[Tensor]:
     share = (torch.arange(codes, dtype=torch.float64) + 0.5) / codes
     evenly = values[:, :1] + (values[:, -1:] - values[:, :1]) * share
-    places = (share * length).long().clamp(max=length - 1)
-    # The cube root of the density, by the gaps between neighbouring quantiles: mass ∝ gap^(2/3).
-    fine = torch.linspace(0, length - 1, min(length, 512)).long()
-    gaps = values[:, fine].diff(dim=1).clamp(min=0) ** (2 / 3) if len(fine) > 1 else values.new_ones(rows, 1)
-    mass = torch.cat([values.new_zeros(rows, 1), gaps.cumsum(1)], 1)
-    mass = mass / mass[:, -1:].clamp(min=1e-300)
-    spots = torch.searchsorted(mass, share.expand(rows, -1).contiguous()).clamp(max=len(fine) - 1)
-    return [evenly, values[:, places], values.gather(1, fine[spots])]
+    # The cube root of the (weighted) density, between places a five-hundredth of the values apart.
+    places = torch.linspace(0, values.shape[1] - 1, min(values.shape[1], 512)).long()
+    gaps, heaped = values[:, places].diff(dim=1).clamp(min=0), count[:, places].diff(dim=1)
+    root = torch.cat([values.new_zeros(len(values), 1), (gaps**2 * heaped).pow(1 / 3).cumsum(1)], 1)
+    return [
+        evenly,
+        values.gather(1, _quantile(count[:, 1:], share)),
+        values[:, places].gather(1, _quantile(root, share)),
+    ]
+
+
+def _quantile(mass: Tensor, share: Tensor) -> Tensor:
+    """Where each row of running sums reaches these shares of its last one."""
+    wanted = (mass[:, -1:] * share).contiguous()
+    return torch.searchsorted(mass.contiguous(), wanted).clamp(max=mass.shape[1] - 1)
 
 
 def _with_zero(levels: Tensor) -> Tensor:
