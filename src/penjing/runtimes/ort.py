@@ -41,7 +41,7 @@ _INTEGER_PRODUCTS = frozenset(
     "DynamicQuantizeMatMul DynamicQuantizeLSTM QAttention MatMulNBits".split()
 )
 _MOVES = frozenset(
-    "MaxPool NhwcMaxPool Reshape Transpose Concat Gather Squeeze Unsqueeze Flatten Slice Pad Identity Resize "
+    "Clip MaxPool NhwcMaxPool Reshape Transpose Concat Gather Squeeze Unsqueeze Flatten Slice Pad Identity Resize "
     "Split".split()
 )
 
