@@ -30,7 +30,6 @@ def deploy(
     import penjing as pj
     from penjing.cli.targets import parse_targets
     from penjing.data import load_data
-    from penjing.evaluation import words
 
     screen: Screen = context.obj
     targets = parse_targets(target)
@@ -39,11 +38,15 @@ def deploy(
     network = load_network(model, data=samples, shapes=input_shape)
     bundle = pj.deploy(network, target=targets, out=folder, data=samples, progress=screen)
     artifacts = [dict(a) for a in bundle.artifacts]
-    rows = [(f"{folder / str(a['path'])}", f"{words.size(a['bytes'])}, {_parity(a['parity'])}") for a in artifacts]
+    rows = [(f"{folder / str(a['path'])}", _described(a)) for a in artifacts]
     screen.say(facts(rows, f"Written to {folder}/"))
     screen.emit({"schema": 1, "out": str(folder), "artifacts": artifacts})
     return 0
 
 
-def _parity(parity: Mapping[str, Any]) -> str:
-    return f"outputs within {parity['max_abs']:.2g} of the network's own"
+def _described(artifact: Mapping[str, Any]) -> str:
+    from penjing.evaluation import words
+
+    near = f"outputs within {artifact['parity']['max_abs']:.2g} of the network's own"
+    wider = words.widened(artifact.get("widened") or ())
+    return f"{words.size(artifact['bytes'])}, {near}" + (f"; {wider}" if wider else "")

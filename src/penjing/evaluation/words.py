@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -216,3 +217,13 @@ def _speed(latency: Values, target: Values) -> str:
     if latency["verdict"] == "no measurable difference":
         return f"no measurable difference in speed to {what}"
     return f"{times(latency['ratio'], 'faster', 'slower', same=0)} than {what}"
+
+
+def widened(rows: Iterable[Values]) -> str:
+    """What a file holds wider than the network: "20 tensors of int3 as int4 (no int3 in the file)"; "" for nothing."""
+    kinds = Counter((row["kind"], row["stored"], row["why"]) for row in rows)
+    several = [
+        f"{count} tensor{'s' * (count > 1)} of {kind} as {stored} ({why})"
+        for (kind, stored, why), count in kinds.items()
+    ]
+    return "wider than in the network: " + ", ".join(several) if several else ""

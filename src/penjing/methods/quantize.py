@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from penjing.analysis.activation_grids import activation_grids
-from penjing.analysis.operators import operator_name
+from penjing.analysis.operators import PRODUCTS, operator_name
 from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.placement import Layer, Placement, Quantizer, place
 from penjing.analysis.twin import Twin
@@ -25,7 +25,8 @@ from penjing.tensors.grids import Grid, Ranges
 from penjing.tensors.saturation import LIMIT, without_saturation
 
 _BATCH, _BATCH_VALUES = 32, 2**19  # what fits a processor's caches is faster
-_ACTIVATIONS = ("int16", "int8", "int4", None)
+_STATIC = ("int16", "int8", "int4")
+_ACTIVATIONS = (*_STATIC, "dynamic", None)
 
 
 @step
@@ -34,7 +35,8 @@ class Quantize(Step):
     """Quantizes after training: batch norms folded, weights rounded to nearest, activation ranges from samples.
 
     `weights` are "int16", "int8", "int6", "int4", "int3", "int2", "ternary" (-1, 0, 1) or "binary" (-1, 1),
-    `activations` "int16", "int8" or "int4"; `activations=None` stores weights as integers and computes in float.
+    `activations` "int16", "int8" or "int4"; "dynamic" finds the inputs' 8-bit grids of linear layers anew in every run,
+    without samples; `activations=None` stores weights as integers and computes in float.
     `granularity`: a weight scale for each output "channel", for each "group:N" of N neighbouring weights of a row, or
     one for the "tensor". No integer kernel multiplies groups: what reads them computes in float. `symmetric` weights
     have zero point 0; activations are always asymmetric, one grid a tensor. `ranges` chooses what part of the values a
@@ -91,9 +93,14 @@ class Quantize(Step):
                 f"{self.weights} weights are symmetric", hint="leave symmetric away, or use weights='int2'"
             )
 
+    @property
+    def is_static(self) -> bool:
+        """Whether activations stand on grids that samples show."""
+        return self.activations in _STATIC
+
     def check(self, context: Context) -> None:
         """Static activations need samples."""
-        if self.activations is not None and context.data is None:
+        if self.is_static and context.data is None:
             raise DataError(
                 "Quantize needs samples to find the ranges of the activations",
                 hint="give data (a hundred samples without labels are enough), or use Quantize(activations=None)",
@@ -127,7 +134,7 @@ class _Planner:
             floating=[i.name for i in folded.inputs if i.dtype.is_floating_point],
             parameters=folded.parameter_names,
             selected=lambda name: matches(self.settings.where, name),
-            activations=self.settings.activations is not None,
+            activations=self.settings.is_static,
         )
         if not placement.layers:
             raise RecipeError(
@@ -138,7 +145,7 @@ class _Planner:
         activations: dict[int, Grid] = {}
         twin: Twin | None = None
         biases: dict[str, Tensor] = {}
-        if self.settings.activations is not None:
+        if self.settings.is_static:
             activations = self._activations(folded, placement)
             twin = self._compare(folded, placement, weights, activations)
             biases = twin.biases
@@ -147,6 +154,8 @@ class _Planner:
         edits += _moved(folded.tensors(), weights)
         edits += [_weight_edit(name, weight.grid, self.settings.weights) for name, weight in weights.items()]
         edits += [_activation_edit(q, activations[q.grid]) for q in placement.quantizers]
+        if self.settings.activations == "dynamic":
+            edits += _dynamic_edits(folded.graph_module.graph, placement, weights)
         reasons = self._reasons(folded, placement, weights, twin)
         return Plan(
             step=self.settings, edits=tuple(edits), reasons=reasons, notes=self._notes(norms, placement, biases)
@@ -191,7 +200,7 @@ class _Planner:
             raise InputError(f"{name} cannot be quantized: {error}", hint="exclude it with where") from error
         eight = settings.weights == "int8" and not grid.group and settings.activations is not None
         if settings.headroom and settings.symmetric and eight:
-            channels = {x.axis for x in layers if x.integer and not x.depthwise}
+            channels = {x.axis for x in layers if self._in_integers(x) and not x.depthwise}
             if len(channels) == 1 and (channel := channels.pop()) is not None:
                 return _Weight(*without_saturation(weight, grid, channel, keep_scale=fixed))
             if channels:  # which values are neighbours differs from layer to layer: any two must fit
@@ -245,6 +254,11 @@ class _Planner:
             if network.batch_is_dynamic or len(next(iter(network.bind(inputs).values()))) == fixed:
                 yield inputs
 
+    def _in_integers(self, layer: Layer) -> bool:
+        """Whether both factors of a layer stand on grids."""
+        dynamic = layer.kind == "linear" if self.settings.activations == "dynamic" else self.settings.is_static
+        return layer.integer and dynamic
+
     # ----------------------------------------------------------------------------------------------------- reasons
     def _reasons(
         self, network: Network, placement: Placement, weights: Mapping[str, _Weight], twin: Twin | None
@@ -253,7 +267,8 @@ class _Planner:
         for layer in placement.layers:
             if layer.node in self.left:
                 continue
-            words, choice = [], f"{self.settings.activations} inputs" if layer.integer and twin else ""
+            integer = self._in_integers(layer)
+            words, choice = [], f"{self.settings.activations} inputs" if integer else ""
             score: float | None = None
             if layer.parameter is not None:
                 weight = weights[layer.parameter]
@@ -270,7 +285,7 @@ class _Planner:
                 ]
                 score = twin.sqnr.get(layer.node, score)
                 words.append(f"output {score:.1f} dB" if score is not None else "")
-            elif not layer.integer:
+            elif not integer:
                 words.append(f"{layer.kind}: stored as integers, computed in float")
             reasons.append(
                 Reason(layer=_title(layer), choice=choice, score=score, why=", ".join(w for w in words if w))
@@ -326,6 +341,19 @@ def _activation_edit(quantizer: Quantizer, grid: Grid) -> QuantizeTensor:
         quant_max=grid.quant_max,
         users=quantizer.users,
     )
+
+
+def _dynamic_edits(graph: fx.Graph, placement: Placement, weights: Mapping[str, _Weight]) -> list[Edit]:
+    """Grids found in every run for what linear layers with stored weights read."""
+    linear = {x.node for x in placement.layers if x.kind == "linear" and x.parameter in weights}
+    readers: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if node.name in linear:
+            readers.setdefault(node.args[PRODUCTS[operator_name(node)][0]].name, []).append(node.name)
+    return [
+        QuantizeTensor(tensor=value, scale=1.0, zero_point=0, dtype="uint8", users=tuple(users), dynamic=True)
+        for value, users in readers.items()
+    ]
 
 
 def _uses(graph: fx.Graph) -> dict[str, set[str]]:

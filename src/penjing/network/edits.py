@@ -18,7 +18,7 @@ from penjing.errors import EditError
 from penjing.network import graph as flat
 from penjing.network.channels.groups import Groups, analyse
 from penjing.network.channels.remove import remove
-from penjing.network.integers import quantize_weight
+from penjing.network.integers import quantize_dynamically, quantize_weight
 
 decomposed = torch.ops.quantized_decomposed
 INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
@@ -61,7 +61,9 @@ class QuantizeTensor:
     dequantize node are put, for all of its users or for those named in `users` only. `axis` is the dimension with a
     scale of its own each (None: one scale). With `group`, a parameter's rows (dimension 0, the others flattened) are
     cut into groups of that many values, the last one may be shorter, and `scale` has the shape (rows, groups).
-    `dtype` is what the codes are held in; `quant_min` and `quant_max` say how wide they really are.
+    With `dynamic` a node's scale and zero point are found anew in every run, over all of the tensor (uint8); those
+    given are not looked at. `dtype` is what the codes are held in; `quant_min` and `quant_max` say how wide they
+    really are.
     """
 
     tensor: str
@@ -73,6 +75,7 @@ class QuantizeTensor:
     quant_max: int = 127
     users: tuple[str, ...] | None = None
     group: int = 0
+    dynamic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,10 +227,13 @@ def _quantize_activation(graph: fx.Graph, node: fx.Node, edit: QuantizeTensor, d
             f"nothing uses '{edit.tensor}' as the edit wants: {', '.join(edit.users or ()) or 'no users at all'}"
         )
     place = [n for n in graph.nodes if n.op == "placeholder"][-1] if node.op == "placeholder" else node
-    with graph.inserting_after(place):
-        integers = graph.call_function(decomposed.quantize_per_tensor.default, (node, *grid))
-    with graph.inserting_after(integers):
-        real = graph.call_function(decomposed.dequantize_per_tensor.default, (integers, *grid))
+    if edit.dynamic:
+        real = quantize_dynamically(graph, node, place)
+    else:
+        with graph.inserting_after(place):
+            integers = graph.call_function(decomposed.quantize_per_tensor.default, (node, *grid))
+        with graph.inserting_after(integers):
+            real = graph.call_function(decomposed.dequantize_per_tensor.default, (integers, *grid))
     for user in chosen:
         user.replace_input_with(node, real)
 

@@ -11,6 +11,7 @@ Codes narrower than 8 bits are held in bytes; the limits of their grid say how w
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,6 +22,7 @@ from penjing.network.graph import DEQUANTIZE
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
+_LEAST_SCALE = float(torch.finfo(torch.float32).eps)
 _AROUND = {aten.view.default, aten.constant_pad_nd.default, aten.slice.Tensor}
 
 
@@ -146,6 +148,22 @@ def _read_back(
         current = call(aten.slice.Tensor, current, 1, 0, columns)
         return call(aten.view.default, current, list(shape)) if len(shape) != 2 else current
     return call(aten.view.default, current, list(shape)) if group else current
+
+
+def quantize_dynamically(graph: fx.Graph, node: fx.Node, place: fx.Node) -> fx.Node:
+    """Nodes behind `place` that put `node`'s value on a uint8 grid of its own range in every run; returns the reals."""
+    limits = (0, 255)
+    with graph.inserting_after(place):
+        found = graph.call_function(decomposed.choose_qparams.tensor, (node, *limits, _LEAST_SCALE, torch.uint8))
+    with graph.inserting_after(found):
+        scale = graph.call_function(operator.getitem, (found, 0))
+    with graph.inserting_after(scale):
+        zero = graph.call_function(operator.getitem, (found, 1))
+    grid = (scale, zero, *limits, torch.uint8)
+    with graph.inserting_after(zero):
+        codes = graph.call_function(decomposed.quantize_per_tensor.tensor, (node, *grid))
+    with graph.inserting_after(codes):
+        return graph.call_function(decomposed.dequantize_per_tensor.tensor, (codes, *grid))
 
 
 # --------------------------------------------------------------------------------------------------------- reading

@@ -317,6 +317,7 @@ def _artifact(row: Values) -> Row:
         "runtime": row["runtime"],
         "bytes": words.size(row.get("bytes")),
         "sha256": row.get("sha256", ""),
+        "widened": words.widened(row.get("widened") or ()),
         "max_abs": "–" if parity.get("max_abs") is None else f"{parity['max_abs']:.2g}",
         "agreement": "–" if agreement is None else f"{100 * agreement:.1f} %",
     }

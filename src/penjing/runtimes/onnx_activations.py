@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from penjing.runtimes.base import Widened
-from penjing.runtimes.onnx_nodes import is_output, keep, replace_all
+from penjing.runtimes.onnx_nodes import attribute, is_output, keep, replace_all
 from penjing.runtimes.onnx_views import constant
 
 Array = np.ndarray[Any, Any]
@@ -74,6 +74,96 @@ def clip_codes(graph: Any) -> None:
         for reader in readers:
             reader.replace_input_with(0, clipped.outputs[0])
             reader.replace_input_with(2, middle)
+
+
+def translations() -> dict[Any, Any]:
+    """How the exporter writes grids that are found in every run; it knows none by itself."""
+    import torch
+    from onnxscript import opset21 as op
+
+    def choose(x: Any, low: int, high: int, eps: float, dtype: int) -> Any:
+        _, scale, zero = op.DynamicQuantizeLinear(x)
+        return scale, zero
+
+    def quantize(x: Any, scale: Any, zero: Any, low: int, high: int, dtype: int) -> Any:
+        return op.QuantizeLinear(x, scale, zero)
+
+    def dequantize(x: Any, scale: Any, zero: Any, low: int, high: int, dtype: int, out_dtype: int = -1) -> Any:
+        return op.DequantizeLinear(x, scale, zero)
+
+    decomposed = torch.ops.quantized_decomposed
+    return {
+        decomposed.choose_qparams.tensor: choose,
+        decomposed.quantize_per_tensor.tensor: quantize,
+        decomposed.dequantize_per_tensor.tensor: dequantize,
+    }
+
+
+def dynamic_grids(graph: Any, *, kernels: bool) -> tuple[Widened, ...]:
+    """Grids found in every run: the codes come from DynamicQuantizeLinear itself. Without `kernels` for them they go:
+    the runtime puts activations on grids of its own, where it has faster kernels for that."""
+    import onnx_ir as ir
+
+    found = []
+    for node in list(graph):
+        source = node.inputs[1].producer() if node.op_type == "QuantizeLinear" else None
+        if source is None or source.op_type != "DynamicQuantizeLinear":
+            continue
+        for value, kind in zip(source.outputs[1:], (ir.DataType.FLOAT, ir.DataType.UINT8), strict=True):
+            # PyTorch's operator gives a double and a long of one dimension.
+            value.shape, value.type = ir.Shape([]), ir.TensorType(kind)
+        readers = [user for user, _ in node.outputs[0].uses()]
+        if kernels:
+            source.outputs[0].shape, source.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+            replace_all(node.outputs[0], source.outputs[0])
+        else:
+            for reader in readers:
+                replace_all(reader.outputs[0], node.inputs[0])
+            found.append(Widened(node.inputs[0].name or "", "dynamic", "float32", "the runtime finds grids itself"))
+    return tuple(found)
+
+
+def dynamic_products(graph: Any) -> None:
+    """MatMul or Gemm of a grid found in every run and a stored weight → MatMulInteger, scaled back to float."""
+    for node in list(graph):
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
+        factors: list[Any] = [v.producer() for v in node.inputs[:2]]
+        if any(f is None or f.op_type != "DequantizeLinear" for f in factors):
+            continue
+        x, w = factors
+        made = x.inputs[0].producer()
+        plain = node.op_type == "MatMul" or [attribute(node, n, 1.0) for n in ("alpha", "beta")] == [1.0, 1.0]
+        if made is None or made.op_type != "DynamicQuantizeLinear" or attribute(w, "block_size", 0) or not plain:
+            continue
+        turned = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+        scale, rank = constant(w.inputs[1]), len(w.inputs[0].shape or ())
+        if scale is None or rank != 2 or (scale.ndim and attribute(w, "axis", 1) % 2 != (0 if turned else 1)):
+            continue
+        _product(graph, node, x, w, turned)
+
+
+def _product(graph: Any, node: Any, x: Any, w: Any, turned: bool) -> None:
+    import onnx_ir as ir
+
+    old = node.outputs[0]
+    new: list[Any] = []
+
+    def call(kind: str, *inputs: Any, **attributes: Any) -> Any:
+        made = ir.Node(
+            "", kind, list(inputs), ir.convenience.convert_attributes(attributes), name=f"{old.name}_{len(new)}_{kind}"
+        )
+        made.outputs[0].name = f"{old.name}_{kind}_{len(new)}"
+        new.append(made)
+        return made.outputs[0]
+
+    codes = call("Transpose", w.inputs[0], perm=[1, 0]) if turned else w.inputs[0]
+    sums = call("MatMulInteger", x.inputs[0], codes, x.inputs[2], *w.inputs[2:3])
+    real = call("Mul", call("Cast", sums, to=1), call("Mul", x.inputs[1], w.inputs[1]))
+    if node.op_type == "Gemm" and len(node.inputs) > 2:
+        real = call("Add", real, node.inputs[2])
+    real.shape, real.type = old.shape, old.type
+    ir.convenience.replace_nodes_and_values(graph, node, [node], new, [old], [real])
 
 
 def _grid(graph: Any, node: Any) -> tuple[Array, Array] | None:

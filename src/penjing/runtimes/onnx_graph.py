@@ -17,6 +17,7 @@ from penjing.errors import ExportError, InputError
 from penjing.network import integers
 from penjing.runtimes import onnx_passes
 from penjing.runtimes.base import Widened
+from penjing.runtimes.onnx_activations import translations
 from penjing.runtimes.onnx_passes import Dialect
 from penjing.runtimes.onnx_weights import Stored
 from penjing.runtimes.trace import program, quiet, tensor_names
@@ -83,6 +84,7 @@ def _translated(network: Network) -> _Translation:
                 dynamo=True,
                 verbose=False,
                 optimize=True,
+                custom_translation_table=translations(),
                 opset_version=OPSET,
                 input_names=[i.name for i in network.inputs],
                 output_names=list(network.output_names),

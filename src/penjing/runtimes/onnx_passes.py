@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from penjing.runtimes.base import Widened
-from penjing.runtimes.onnx_activations import clip_codes, wide_to_float
+from penjing.runtimes.onnx_activations import clip_codes, dynamic_grids, dynamic_products, wide_to_float
 from penjing.runtimes.onnx_attention import plain_transpositions
 from penjing.runtimes.onnx_nodes import attribute, dequantize, is_output, keep, replace_all, set_axis
 from penjing.runtimes.onnx_views import carry_grids, constant
@@ -36,6 +36,7 @@ class Dialect:
     `products_of_bits`: large products with 4-bit weights become MatMulNBits (ONNX Runtime has it).
     `clipped_codes`: activations on fewer than 8 bits are clipped as integers, not before they are rounded (ONNX Runtime
     fuses a layer with the rounding right behind it).
+    `dynamic_products`: there are kernels for products with grids that are found in every run (ONNX Runtime).
     """
 
     unsigned_activations: bool
@@ -44,6 +45,7 @@ class Dialect:
     carried_grids: bool
     products_of_bits: bool
     clipped_codes: bool
+    dynamic_products: bool
 
 
 def run(model: Any, dialect: Dialect, weights: Mapping[str, Stored]) -> tuple[Widened, ...]:
@@ -56,7 +58,7 @@ def run(model: Any, dialect: Dialect, weights: Mapping[str, Stored]) -> tuple[Wi
     _fold_rounded(graph)
     _transpose_integers(graph)
     _fold_pads(graph)
-    wide = wide_to_float(graph)
+    wide = (*wide_to_float(graph), *dynamic_grids(graph, kernels=dialect.dynamic_products))
     if dialect.clipped_codes:
         clip_codes(graph)
     if dialect.unsigned_activations:
@@ -68,6 +70,8 @@ def run(model: Any, dialect: Dialect, weights: Mapping[str, Stored]) -> tuple[Wi
         _bias_to_integers(graph)
     _sweep(model)
     widened = narrow(graph, stored, products_of_bits=dialect.products_of_bits)
+    if dialect.dynamic_products:
+        dynamic_products(graph)
     _sweep(model)
     return (*wide, *widened)
 

@@ -41,7 +41,7 @@ _INTEGER_PRODUCTS = frozenset(
     "DynamicQuantizeMatMul DynamicQuantizeLSTM QAttention MatMulNBits".split()
 )
 _MOVES = frozenset(
-    "MaxPool NhwcMaxPool Reshape Transpose Concat Gather Squeeze Unsqueeze Flatten Slice Pad Identity Resize "
+    "Clip MaxPool NhwcMaxPool Reshape Transpose Concat Gather Squeeze Unsqueeze Flatten Slice Pad Identity Resize "
     "Split".split()
 )
 
@@ -57,6 +57,7 @@ DIALECT = Dialect(
     carried_grids=True,
     products_of_bits=True,
     clipped_codes=True,
+    dynamic_products=True,
 )
 
 
@@ -120,12 +121,15 @@ def _session(source: Path | bytes, threads: int, optimized: Path | None = None) 
     return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
 
+_QUANTIZE = b"\x0eQuantizeLinear"  # with its length: not the end of DynamicQuantizeLinear
+
+
 def _has_grids(source: Path | bytes) -> bool:
     """Whether a model quantizes activations. The word is looked for in the bytes: parsing would double the memory."""
     if isinstance(source, bytes):
-        return b"QuantizeLinear" in source
+        return _QUANTIZE in source
     with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return view.find(b"QuantizeLinear") >= 0
+        return view.find(_QUANTIZE) >= 0
 
 
 def _shape(shape: Sequence[Any]) -> tuple[int | None, ...]:

@@ -44,6 +44,7 @@ DIALECT = Dialect(
     carried_grids=False,
     products_of_bits=False,
     clipped_codes=False,
+    dynamic_products=False,
 )
 
 

@@ -100,6 +100,12 @@ def dequantize(call: Call) -> Labels:
     return labels
 
 
+@rule("quantized_decomposed::choose_qparams")
+def range_of_values(call: Call) -> Any:
+    """One scale and one zero point for everything: they follow no channel."""
+    return spread(call.result, torch.zeros((), dtype=torch.int64))
+
+
 @rule("quantized_decomposed::dequantize_per_channel")
 def dequantize_channels(call: Call) -> Labels:
     """Stored integers are weights; scales and zero points follow their rows. Groups of a row's values stay whole."""
