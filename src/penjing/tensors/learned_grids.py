@@ -29,7 +29,7 @@ _BINARY_REACH = 3.0
 #: Ends of the stretched sigmoid (Louizos et al. 2018), so that 0 and 1 are reached.
 _STRETCH = (-0.1, 1.1)
 
-_LIBRARY = torch.library.Library("penjing", "DEF")
+_LIBRARY: Any = torch.library.Library("penjing", "DEF")  # type: ignore[no-untyped-call]
 # Tagged as pointwise: whatever cuts or follows a graph may treat them like an activation function.
 _TAGS = (torch.Tag.pointwise,)
 _LIBRARY.define(
@@ -170,17 +170,17 @@ class _LearnedSign(torch.autograd.Function):
 def _learned_step(
     x: Tensor, step: Tensor, zero_point: Tensor | None, axis: int | None, group: int, low: int, high: int, batched: bool
 ) -> Tensor:
-    result: Tensor = _LearnedStep.apply(x, step, zero_point, axis, group, low, high, batched)
+    result: Tensor = _LearnedStep.apply(x, step, zero_point, axis, group, low, high, batched)  # type: ignore[no-untyped-call]
     return result
 
 
 def _learned_range(x: Tensor, step: Tensor, offset: Tensor, levels: int) -> Tensor:
-    result: Tensor = _LearnedRange.apply(x, step, offset, levels)
+    result: Tensor = _LearnedRange.apply(x, step, offset, levels)  # type: ignore[no-untyped-call]
     return result
 
 
 def _learned_sign(x: Tensor, step: Tensor, axis: int | None, group: int) -> Tensor:
-    result: Tensor = _LearnedSign.apply(x, step, axis, group)
+    result: Tensor = _LearnedSign.apply(x, step, axis, group)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -207,10 +207,11 @@ for _name, _function in (
 ):
     _LIBRARY.impl(_name, _function, "CompositeImplicitAutograd")
 
-#: `learned_step(x, step, zero_point, axis, group, low, high, batched)`: `x` on the nearest points of a grid, with gradients for
-#: `x` (straight through inside the range) and `step` (one value a grid, flattened; scaled by `gradient_scale`).
+#: `learned_step(x, step, zero_point, axis, group, low, high, batched)`: `x` on the nearest points of a grid,
+#: with gradients for `x` (straight through inside the range) and `step` (one value a grid, flattened; scaled by
+#: `gradient_scale`).
 learned_step = torch.ops.penjing.learned_step.default
-#: `learned_range(x, step, offset, levels)`: `x` on the `levels` points from about `offset` upwards; zero is one of them.
+#: `learned_range(x, step, offset, levels)`: `x` on `levels` points from about `offset` upwards, one of them zero.
 learned_range = torch.ops.penjing.learned_range.default
 #: `learned_sign(x, step, axis, group)`: minus or plus `step`; exact zeros stay.
 learned_sign = torch.ops.penjing.learned_sign.default
@@ -221,7 +222,7 @@ OPERATORS = (learned_step, learned_range, learned_sign, soft_round)
 
 
 def rectified(choice: Tensor) -> Tensor:
-    """The rectified sigmoid: how far up, 0 to 1, a `choice` (any real number) rounds (Nagel et al. 2020, equation 23)."""
+    """How far up, 0 to 1, a `choice` (any number) rounds: the rectified sigmoid (Nagel et al. 2020, equation 23)."""
     low, high = _STRETCH
     return torch.clamp(torch.sigmoid(choice) * (high - low) + low, 0.0, 1.0)
 
