@@ -81,8 +81,9 @@ def train(
 
     `batches(epoch)` yields the batches of one pass; `loss(module, batch)` a scalar. `keep` holds boolean masks by
     parameter name: where False, the weight stays zero after every step. Parameters for which `frozen(name)` is true
-    stay as they are. `rates` multiplies the learning rate of single parameters. `companions` (a teacher) are moved to the same device. `after_step` may change weights after each
-    step (a penalty's proximal step). The same seed gives the same result.
+    stay as they are. `rates` multiplies the learning rate of single parameters. `companions` (a teacher) are moved to
+    the same device. `after_step` may change weights after each step (a penalty's proximal step). The same seed gives
+    the same result.
 
     Raises Diverged on a loss that is not finite and DataError when there are no batches. Whatever interrupts this
     leaves only the caller's own copy half trained.

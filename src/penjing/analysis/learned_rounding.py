@@ -307,7 +307,7 @@ class _Tuner:
         step, zero, *layout = node.args[1:-1]
         held = (copies[n] if isinstance(n, fx.Node) else None for n in (step, zero))
         choice = graph.create_node("get_attr", self.choices[name])
-        return graph.call_function(soft_round, (copies[read], choice, *held, *layout))  # type: ignore[index, arg-type]
+        return graph.call_function(soft_round, (copies[read], choice, *held, *layout))  # type: ignore[index]
 
 
 def _distance(got: Sequence[Any], targets: Sequence[Any]) -> Tensor:
