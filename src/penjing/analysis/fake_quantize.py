@@ -1,6 +1,6 @@
 """Fake quantization: a float Network whose weights and activations pass through learned grids, and the way back.
 
-The operators of tensors/learned_grids.py are put into the graph, and the steps of the grids become parameters of the
+The operators of tensors/learned_grids.py are put into the graph, and the steps of narrow grids become parameters of the
 network, `<tensor>_step` (and `<value>_offset` where a lower end is learned), of one dimension or none. What trains a
 Network trains this one too; afterwards `Simulated.weights` and `Simulated.activations` give the grids and the values on
 them, for a float network that is then quantized in earnest.
@@ -24,6 +24,8 @@ from penjing.tensors.learned_grids import learned_range, learned_sign, learned_s
 
 #: Types of weights that are narrower than an integer type, with their codes.
 CODES = {"ternary": (-1, 1), "binary": (-1, 1)}
+#: Wider grids keep their steps: they have codes to spare, and with few weights a scale a step that learns runs away.
+_LEARNED = 7
 _TRANSPOSITIONS = ("aten::t", "aten::transpose", "aten::permute", "aten::numpy_T")
 
 
@@ -58,7 +60,11 @@ def weight_grid(x: Tensor, dtype: str, *, axis: int | None, group: int = 0, rang
     Raises ValueError when `x` is empty or not finite.
     """
     low, high = codes(dtype)
+    # A wide grid's step stays as it is while the weights move: they are to have all of their range.
+    ranges = ranges if high <= _LEARNED else "minmax"
     grid = grids.tensor_grid(x, low, high, axis=axis, group=group, ranges=ranges)
+    if high > _LEARNED:
+        return WeightGrid(grid)
     if dtype != "binary":
         return WeightGrid(_refined(x, grid))
     ones = WeightGrid(replace(grid, scale=torch.ones_like(grid.scale)), True)
@@ -135,7 +141,8 @@ def simulate(
     nodes = {n.name: n for n in graph.nodes}
     for name, weight in weights.items():
         reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
-        tensors[f"{name}_step"] = nn.Parameter(weight.grid.scale.detach().flatten().clone())
+        step = weight.grid.scale.detach().flatten().clone()
+        tensors[f"{name}_step"] = nn.Parameter(step) if weight.grid.quant_max <= _LEARNED else step
         zero = weight.grid.zero_point
         if zero.any():
             tensors[f"{name}_zero"] = zero.flatten().float()

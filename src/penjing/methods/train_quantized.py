@@ -252,6 +252,7 @@ class _Planner:
 
 
 def _weight_edit(name: str, grid: Grid) -> QuantizeTensor:
+    grouped: dict[str, Any] = {"group": grid.group} if grid.group else {}
     return QuantizeTensor(
         tensor=name,
         scale=grid.scale,
@@ -259,6 +260,7 @@ def _weight_edit(name: str, grid: Grid) -> QuantizeTensor:
         axis=grid.axis,
         quant_min=grid.quant_min,
         quant_max=grid.quant_max,
+        **grouped,
     )
 
 
