@@ -80,7 +80,7 @@ def learn_rounding(
     *,
     how: str = "brecq",
     steps: int = 300,
-    lr: float = 0.01,
+    lr: float = 0.1,
     drop: bool = True,
     seed: int = 0,
     progress: Progress = SILENT,
