@@ -147,3 +147,13 @@ def test_the_type_of_autocast_passes_through() -> None:
     got.sum().backward()
     assert got.dtype == x.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
     assert step.grad.dtype == torch.float32  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("axis", "group"), [(None, 0), (0, 0), (1, 0), (None, 4)])
+def test_the_widest_step_covers_every_value(axis: int | None, group: int) -> None:
+    x = values(3, 10).requires_grad_()
+    step = learned.widest_step(x, axis, group, 127)
+    grid = grids.tensor_grid(x, -127, 127, axis=axis, group=group)
+    assert torch.allclose(step, grid.scale.flatten()) and not step.requires_grad
+    got = learned.learned_step(x, step, None, axis, group, -127, 127, False)
+    assert torch.allclose(got, grids.fake_quantize(x.detach(), grid), atol=1e-6)

@@ -20,11 +20,11 @@ from penjing.network import graph as flat
 from penjing.network.network import Network
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid, Ranges
-from penjing.tensors.learned_grids import learned_range, learned_sign, learned_step, spread
+from penjing.tensors.learned_grids import learned_range, learned_sign, learned_step, spread, widest_step
 
 #: Types of weights that are narrower than an integer type, with their codes.
 CODES = {"ternary": (-1, 1), "binary": (-1, 1)}
-#: Wider grids keep their steps: they have codes to spare, and with few weights a scale a step that learns runs away.
+#: Wider grids cover all values: they have codes to spare, and with few weights a scale a step that learns runs away.
 _LEARNED = 7
 _TRANSPOSITIONS = ("aten::t", "aten::transpose", "aten::permute", "aten::numpy_T")
 
@@ -42,10 +42,12 @@ def codes(dtype: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """A weight's grid; with `binary`, of the two points minus and plus its scale."""
+    """A weight's grid; with `binary`, of the two points minus and plus its scale. The scales of a `widest` grid follow
+    the largest weights instead of being learned."""
 
     grid: Grid
     binary: bool = False
+    widest: bool = False
 
     def rounded(self, x: Tensor) -> Tensor:
         """`x` on the grid: what the operators of tensors/learned_grids.py give."""
@@ -60,11 +62,10 @@ def weight_grid(x: Tensor, dtype: str, *, axis: int | None, group: int = 0, rang
     Raises ValueError when `x` is empty or not finite.
     """
     low, high = codes(dtype)
-    # A wide grid's step stays as it is while the weights move: they are to have all of their range.
     ranges = ranges if high <= _LEARNED else "minmax"
     grid = grids.tensor_grid(x, low, high, axis=axis, group=group, ranges=ranges)
     if high > _LEARNED:
-        return WeightGrid(grid)
+        return WeightGrid(grid, widest=True)
     if dtype != "binary":
         return WeightGrid(_refined(x, grid))
     ones = WeightGrid(replace(grid, scale=torch.ones_like(grid.scale)), True)
@@ -107,9 +108,13 @@ class Simulated:
         """By name, the weights among `tensors` on their grids, and these as they were learned. Zeros stay zero."""
         found = {}
         for name, start in self.started.items():
-            step = tensors[f"{name}_step"].detach().clamp_min(1e-8).view(start.grid.scale.shape)
-            learned = replace(start, grid=replace(start.grid, scale=step.clone()))
-            found[name] = (learned.rounded(tensors[name].detach()), learned)
+            latent, grid = tensors[name].detach(), start.grid
+            if start.widest:
+                step = widest_step(latent, None if grid.group else grid.axis, grid.group, grid.quant_max)
+            else:
+                step = tensors[f"{name}_step"].detach().clamp_min(1e-8)
+            learned = replace(start, grid=replace(grid, scale=step.view(grid.scale.shape).clone()))
+            found[name] = (learned.rounded(latent), learned)
         return found
 
     def activations(self, tensors: Mapping[str, Tensor]) -> dict[int, Grid]:
@@ -141,8 +146,8 @@ def simulate(
     nodes = {n.name: n for n in graph.nodes}
     for name, weight in weights.items():
         reads = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
-        step = weight.grid.scale.detach().flatten().clone()
-        tensors[f"{name}_step"] = nn.Parameter(step) if weight.grid.quant_max <= _LEARNED else step
+        if not weight.widest:
+            tensors[f"{name}_step"] = nn.Parameter(weight.grid.scale.detach().flatten().clone())
         zero = weight.grid.zero_point
         if zero.any():
             tensors[f"{name}_zero"] = zero.flatten().float()
@@ -179,7 +184,10 @@ def _weight_node(graph: fx.Graph, read: fx.Node, weight: WeightGrid, shifted: bo
     first = next(n for n in graph.nodes if n in read.users)
     axis = None if grid.group else grid.axis
     with graph.inserting_before(first):
-        step = graph.create_node("get_attr", f"{read.target}_step")
+        if weight.widest:
+            step = graph.call_function(widest_step, (read, axis, grid.group, grid.quant_max))
+        else:
+            step = graph.create_node("get_attr", f"{read.target}_step")
         if weight.binary:
             new = graph.call_function(learned_sign, (read, step, axis, grid.group))
         else:
@@ -187,7 +195,7 @@ def _weight_node(graph: fx.Graph, read: fx.Node, weight: WeightGrid, shifted: bo
             limits = (grid.quant_min, grid.quant_max)
             new = graph.call_function(learned_step, (read, step, zero, axis, grid.group, *limits, False))
     for user in users:
-        user.replace_input_with(read, new)
+        user.replace_input_with(read, new)  # not of what was made here: those were no users yet
 
 
 def _activation_node(graph: fx.Graph, node: fx.Node, users: tuple[str, ...] | None, name: str, grid: Grid) -> None:

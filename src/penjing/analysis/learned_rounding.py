@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from penjing.tensors.learned_grids import (
 )
 from penjing.training import Training, train
 
-METHODS = ("adaround", "brecq", "straight-through")
+METHODS = ("adaround", "brecq")
 #: Learning rates of everything but roundings, relative to those: a share of the tensor's own size a step.
 _STEP_RATE, _BIAS_RATE = 0.05, 0.05
 #: How much a weight that is not yet at one of its neighbours costs, beside an error relative to the target's variance.
@@ -90,17 +90,19 @@ def learn_rounding(
     `network` has its batch norms folded; `activations` are the grids of `placement`'s quantizers by number (empty:
     activations stay float); `batches` are bound inputs. Each part takes `steps` steps of Adam, one batch each, at the
     rate `lr`; one that is no better than nearest rounding on all batches stays as it was. With `drop`, activations are
-    rounded at random while learning (QDrop). `how` is "adaround", "brecq" or "straight-through": blocks as in "brecq",
-    but weights move freely and are rounded on the way forward, their steps learned too (LSQ).
+    rounded at random while learning (QDrop). `how` is "adaround" (layer by layer) or "brecq" (block by block). Scales
+    of weights stay as given; binary weights have no neighbours to choose from: they move, their signs taken on the way
+    forward.
     """
-    made = simulate(network, weights, placement.quantizers, activations)
+    fixed = {name: replace(weight, widest=False) for name, weight in weights.items()}
+    made = simulate(network, fixed, placement.quantizers, activations)
     parts = _parts(network, made.network, layers=how == "adaround")
     wanted = Lane(network, batches, hold=_values(parts))
     given = Lane(made.network, batches, hold={n.name for p in parts for n in p.outside})
     result, last = Rounding(), _last_use(parts)
     with progress.task("learning to round", len(parts)) as advance:
         for place, part in enumerate(parts):
-            tuner = _Tuner(part, given.tensors, made, how)
+            tuner = _Tuner(part, given.tensors, made)
             if tuner.rates:
                 samples = _samples(part, wanted, given, len(batches))
                 changed, errors = tuner.tune(samples, steps, lr, drop, seed)
@@ -190,32 +192,29 @@ def _samples(part: _Part, wanted: Lane, given: Lane, count: int) -> list[Sample]
 class _Tuner:
     """One part with its trainable tensors, twice: as it will be, and as it learns."""
 
-    def __init__(self, part: _Part, tensors: Mapping[str, Tensor], made: Simulated, how: str) -> None:
+    def __init__(self, part: _Part, tensors: Mapping[str, Tensor], made: Simulated) -> None:
         self.part, self.made = part, made
         self.tensors = {n: t.detach() for n, t in tensors.items()}
-        self.soft = how != "straight-through"
         self.weights = {n: made.started[n] for n in sorted(part.own) if n in made.started}
         self.choices: dict[str, str] = {}
         self.rates: dict[str, float] = {}
+        # A range's two numbers, and the one that says how large a small change is.
+        ranges = {f"{value}_{n}": f"{value}_step" for value, _ in made.quantizers.values() for n in ("step", "offset")}
         for name in sorted(part.own):
             tensor = self.tensors[name]
             if name in self.weights:
                 self._weight(name)
             elif tensor.ndim == 1 and name.removesuffix("_step") not in made.started:
                 self.rates[name] = _BIAS_RATE * float(tensor.abs().mean() + 1e-3)
-            elif name.removesuffix("_step") in made.started:
-                if not self.soft:
-                    self.rates[name] = _STEP_RATE * float(tensor.mean())
-            elif tensor.ndim == 0:
-                step = self.tensors[name.removesuffix("_offset").removesuffix("_step") + "_step"]
-                self.rates[name] = _STEP_RATE * float(step)
+            elif name in ranges:
+                self.rates[name] = _STEP_RATE * float(self.tensors[ranges[name]])
 
     def _weight(self, name: str) -> None:
-        if self.soft and not self.weights[name].binary:
+        if self.weights[name].binary:
+            self.rates[name] = float(self.tensors[f"{name}_step"].mean())
+        else:
             self.choices[name] = f"{name}_choice"
             self.rates[f"{name}_choice"] = 1.0
-        else:
-            self.rates[name] = float(self.tensors[f"{name}_step"].mean())
 
     def tune(
         self, samples: Sequence[Sample], steps: int, lr: float, drop: bool, seed: int

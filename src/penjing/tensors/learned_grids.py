@@ -4,6 +4,7 @@ They are torch operators of the namespace `penjing`, so that a flat graph may ho
 trains, looks at or cuts graphs goes on to work:
 
 - `penjing.learned_step`: the nearest point of a grid whose step is learned (LSQ).
+- `penjing.widest_step`: the step with which a grid covers all values, for grids with codes to spare.
 - `penjing.learned_range`: the same with a learned lower end, for activations of both signs (LSQ+).
 - `penjing.learned_sign`: one of two points, minus or plus a learned step (binary weights).
 - `penjing.soft_round`: a point between the two neighbours on a fixed grid (AdaRound).
@@ -37,6 +38,7 @@ _LIBRARY.define(
     " bool batched) -> Tensor",
     tags=_TAGS,
 )
+_LIBRARY.define("widest_step(Tensor x, int? axis, int group, int high) -> Tensor")
 _LIBRARY.define("learned_range(Tensor x, Tensor step, Tensor offset, int levels) -> Tensor", tags=_TAGS)
 _LIBRARY.define("learned_sign(Tensor x, Tensor step, int? axis, int group) -> Tensor", tags=_TAGS)
 _LIBRARY.define(
@@ -61,16 +63,17 @@ def spread(values: Tensor, x: Tensor, axis: int | None, group: int) -> Tensor:
     return values.view(shape)
 
 
-def gather(x: Tensor, like: Tensor, axis: int | None, group: int) -> Tensor:
-    """The sums of `x` over what shares a grid, in the shape of `like`: what `spread` is the transpose of."""
+def grid_rows(x: Tensor, axis: int | None, group: int) -> Tensor:
+    """The values that share a grid, a row for each grid; short groups are filled with zeros."""
     if group:
         rows = x.reshape(x.shape[0], -1)
-        count = like.numel() // x.shape[0]
-        rows = torch.nn.functional.pad(rows, (0, count * group - rows.shape[1]))
-        return rows.view(-1, group).sum(1, dtype=torch.float32).view(like.shape)
-    if axis is None:
-        return x.sum(dtype=torch.float32).view(like.shape)
-    return x.sum([d for d in range(x.ndim) if d != axis % x.ndim], dtype=torch.float32).view(like.shape)
+        return torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).view(-1, group)
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+
+def gather(x: Tensor, like: Tensor, axis: int | None, group: int) -> Tensor:
+    """The sums of `x` over what shares a grid, in the shape of `like`: what `spread` is the transpose of."""
+    return grid_rows(x, axis, group).sum(1, dtype=torch.float32).view(like.shape)
 
 
 def gradient_scale(x: Tensor, step: Tensor, high: int, batched: bool) -> float:
@@ -174,6 +177,12 @@ def _learned_step(
     return result
 
 
+def _widest_step(x: Tensor, axis: int | None, group: int, high: int) -> Tensor:
+    rows = grid_rows(x, axis, group)
+    most = rows.detach().abs().amax(1) / high
+    return torch.where(most < _LEAST, torch.ones_like(most), most)
+
+
 def _learned_range(x: Tensor, step: Tensor, offset: Tensor, levels: int) -> Tensor:
     result: Tensor = _LearnedRange.apply(x, step, offset, levels)  # type: ignore[no-untyped-call]
     return result
@@ -196,11 +205,13 @@ def _soft_round(
 ) -> Tensor:
     scale = spread(step, x, axis, group)
     shift = 0.0 if zero_point is None else spread(zero_point, x, axis, group)
-    return (torch.clamp(torch.floor(x / scale) + shift + rectified(choice), low, high) - shift) * scale
+    up = rectified(choice) * (x != 0)  # a weight that is exactly zero was masked: it stays so
+    return (torch.clamp(torch.floor(x / scale) + shift + up, low, high) - shift) * scale
 
 
 for _name, _function in (
     ("learned_step", _learned_step),
+    ("widest_step", _widest_step),
     ("learned_range", _learned_range),
     ("learned_sign", _learned_sign),
     ("soft_round", _soft_round),
@@ -211,6 +222,8 @@ for _name, _function in (
 #: with gradients for `x` (straight through inside the range) and `step` (one value a grid, flattened; scaled by
 #: `gradient_scale`).
 learned_step = torch.ops.penjing.learned_step.default
+#: `widest_step(x, axis, group, high)`: the largest magnitude of what shares a grid, divided by `high`; no gradient.
+widest_step = torch.ops.penjing.widest_step.default
 #: `learned_range(x, step, offset, levels)`: `x` on `levels` points from about `offset` upwards, one of them zero.
 learned_range = torch.ops.penjing.learned_range.default
 #: `learned_sign(x, step, axis, group)`: minus or plus `step`; exact zeros stay.
