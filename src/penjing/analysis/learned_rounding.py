@@ -100,6 +100,7 @@ def learn_rounding(
     wanted = Lane(network, batches, hold=_values(parts))
     given = Lane(made.network, batches, hold={n.name for p in parts for n in p.outside})
     result, last = Rounding(), _last_use(parts)
+    read = {n.name: place for place, part in enumerate(parts) for n in part.outside}
     with progress.task("learning to round", len(parts)) as advance:
         for place, part in enumerate(parts):
             tuner = _Tuner(part, given.tensors, made)
@@ -111,6 +112,9 @@ def learn_rounding(
             for value in _values([part]):
                 if last[value] == place:
                     wanted.release(value)
+            for source in part.outside:
+                if read[source.name] == place:
+                    given.release(source.name)
             advance(1)
     tensors = given.tensors
     result.weights = made.weights(tensors)
