@@ -127,3 +127,36 @@ def test_without_activation_grids_only_weights_are_rounded(parts: Parts) -> None
     network, weights, placement, _ = parts
     rounding = learned((network, weights, placement, {}), how="brecq", steps=20)
     assert not rounding.activations and len(rounding.weights) == 6
+
+
+class Shared(nn.Module):
+    """One layer in two places, far apart, and a view that needs sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.twice = nn.Embedding(20, 16), nn.Linear(16, 16)
+        self.between = nn.ModuleList([nn.Linear(16, 16) for _ in range(4)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.twice(self.embed(tokens)).relu()
+        for layer in self.between:
+            x = layer(x).relu()
+        batch, length, _ = x.shape
+        return self.twice(x.view(batch, length, 4, 4).flatten(2))
+
+
+@pytest.mark.parametrize("how", ["adaround", "brecq"])
+def test_layers_that_share_a_weight_share_its_rounding(how: str) -> None:
+    torch.manual_seed(3)
+    tokens = torch.randint(0, 20, (32, 6))
+    network = capture(Shared().eval(), inputs=(tokens[:2],))
+    placement = place(network.graph_module, floating=[], parameters=network.parameter_names)
+    tensors = network.tensors()
+    weights = {n: weight_grid(tensors[n].detach(), "int3", axis=a) for n, a in quantizable(network, placement).items()}
+    types = activation_types(placement, "int8", edges="int8", ends=())
+    activations = activation_grids(network, placement, types, [(tokens,)])
+    batches = [network.bind((tokens[i : i + 8],)) for i in range(0, 32, 8)]
+    rounding = learn_rounding(network, weights, placement, activations, batches, how=how, steps=30)
+    assert set(rounding.weights) == set(weights)
+    assert {"embed.weight", "twice.weight"} <= set(weights)
+    assert any(after < before for before, after in rounding.errors.values())

@@ -13,6 +13,7 @@ with probability one half while learning); Esser et al. 2020 (gradients of steps
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -138,7 +139,8 @@ def _parts(network: Network, simulated: Network, *, layers: bool) -> list[_Part]
         place = home.get(node.name)
         if place is None and node.target in OPERATORS:
             value = simulated_value(node)
-            place = home.get(value.name) if value is not node else min(home[u.name] for u in node.users)
+            places = [home[u.name] for u in node.users if u.name in home]
+            place = home.get(value.name) if value is not node else min(places, default=None)
         if place is not None and node.op == "call_function":
             members[place].append(node)
     trained = set(simulated.parameter_names)
@@ -148,10 +150,25 @@ def _parts(network: Network, simulated: Network, *, layers: bool) -> list[_Part]
         inside = set(nodes)
         sources = (a for n in nodes for a in n.all_input_nodes)
         outside = tuple(dict.fromkeys(a for a in sources if a not in inside and a.op != "get_attr"))
-        ends = tuple(n for n in nodes if any(u not in inside for u in n.users))
+        ends = tuple(n for n in nodes if _is_value(n) and any(u not in inside for u in n.users))
         own = frozenset(n for n in read & trained if sum(n in other for other in reads) == 1)
         found.append(_Part(tuple(nodes), outside, ends, own))
     return [p for p in found if p.ends]
+
+
+def _is_value(node: fx.Node) -> bool:
+    """Whether a node gives a tensor that is no weight: not a size, nor a rounded weight that other parts read, too."""
+    if node.target in OPERATORS:
+        return simulated_value(node) is not node
+    return node.target is operator.getitem or (
+        isinstance(node.target, torch._ops.OpOverload) and node.target is not torch.ops.aten.sym_size.int
+    )
+
+
+def _plain(node: fx.Node) -> str:
+    """The name, in the float network, of what a node of the simulated one stands for."""
+    source = node.args[0] if node.target in OPERATORS else node
+    return source.name if isinstance(source, fx.Node) else node.name
 
 
 def _single(nodes: Sequence[fx.Node], trainable: set[str]) -> Iterator[tuple[fx.Node, ...]]:
@@ -175,7 +192,7 @@ def _single(nodes: Sequence[fx.Node], trainable: set[str]) -> Iterator[tuple[fx.
 
 def _values(parts: Sequence[_Part]) -> set[str]:
     """The names, in the float network, of what the parts read and give."""
-    return {simulated_value(n).name for p in parts for n in (*p.outside, *p.ends)}
+    return {_plain(n) for p in parts for n in (*p.outside, *p.ends)}
 
 
 def _last_use(parts: Sequence[_Part]) -> dict[str, int]:
@@ -187,8 +204,8 @@ Sample = tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]  # inputs: rou
 
 def _samples(part: _Part, wanted: Lane, given: Lane, count: int) -> list[Sample]:
     rounded = [given.value(n.name) for n in part.outside]
-    plain = [wanted.value(simulated_value(n).name) for n in part.outside]
-    targets = [wanted.value(simulated_value(n).name) for n in part.ends]
+    plain = [wanted.value(_plain(n)) for n in part.outside]
+    targets = [wanted.value(_plain(n)) for n in part.ends]
     return [tuple(tuple(v[i] for v in values) for values in (rounded, plain, targets)) for i in range(count)]  # type: ignore[misc]
 
 
@@ -241,8 +258,7 @@ class _Tuner:
             rounded, plain, targets = sample
             if drop:
                 rounded = tuple(
-                    drop_rounding(p, r, _PROBABILITY) if isinstance(r, Tensor) and r.is_floating_point() else r
-                    for p, r in zip(plain, rounded, strict=True)
+                    drop_rounding(p, r, _PROBABILITY) if _floats(r) else r for p, r in zip(plain, rounded, strict=True)
                 )
             value = _distance(m(*rounded), targets)
             beta = annealed(done[0])
@@ -314,8 +330,12 @@ class _Tuner:
 
 
 def _distance(got: Sequence[Any], targets: Sequence[Any]) -> Tensor:
-    parts = [matching(g, t) for g, t in zip(got, targets, strict=True) if t.is_floating_point()]
+    parts = [matching(g, t) for g, t in zip(got, targets, strict=True) if _floats(t)]
     return torch.stack(parts).mean()
+
+
+def _floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @torch.no_grad()
