@@ -175,6 +175,7 @@ def test_public_names() -> None:
         "Step",
         "Target",
         "Task",
+        "TrainQuantized",
         "__version__",
         "capture",
         "compress",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Regularize,
         SearchAmount,
         Step,
+        TrainQuantized,
     )
     from penjing.network import Network, capture
     from penjing.runtimes import Target
@@ -51,6 +52,7 @@ _HOMES = {
     "Step": "penjing.methods",
     "Target": "penjing.runtimes",
     "Task": "penjing.task",
+    "TrainQuantized": "penjing.methods",
     "capture": "penjing.network",
     "compress": "penjing.compression",
     "deploy": "penjing.deployment",
@@ -81,6 +83,7 @@ __all__ = [
     "Step",
     "Target",
     "Task",
+    "TrainQuantized",
     "__version__",
     "capture",
     "compress",

@@ -73,6 +73,7 @@ def train(
     frozen: Callable[[str], bool] = lambda name: False,
     companions: tuple[nn.Module, ...] = (),
     after_step: AfterStep | None = None,
+    rates: Mapping[str, float] | None = None,
     progress: Progress = SILENT,
     description: str = "training",
 ) -> Trained:
@@ -80,15 +81,16 @@ def train(
 
     `batches(epoch)` yields the batches of one pass; `loss(module, batch)` a scalar. `keep` holds boolean masks by
     parameter name: where False, the weight stays zero after every step. Parameters for which `frozen(name)` is true
-    stay as they are. `companions` (a teacher) are moved to the same device. `after_step` may change weights after each
-    step (a penalty's proximal step). The same seed gives the same result.
+    stay as they are. `rates` multiplies the learning rate of single parameters. `companions` (a teacher) are moved to
+    the same device. `after_step` may change weights after each step (a penalty's proximal step). The same seed gives
+    the same result.
 
     Raises Diverged on a loss that is not finite and DataError when there are no batches. Whatever interrupts this
     leaves only the caller's own copy half trained.
     """
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and not frozen(name))
-    groups = _parameter_groups(module, training)
+    groups = _parameter_groups(module, training, rates or {})
     if not groups:
         raise RecipeError("there is nothing to train: no parameter is selected", hint="widen 'where', or drop the step")
     accelerator = Accelerator()
@@ -192,11 +194,16 @@ def augment(inputs: Tensor, how: str, generator: torch.Generator) -> Tensor:
     return windows[torch.arange(count), :, rows, columns]
 
 
-def _parameter_groups(module: nn.Module, training: Training) -> list[dict[str, Any]]:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    decayed, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
+def _parameter_groups(module: nn.Module, training: Training, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What trains, by its decay and its own factor of the learning rate."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim > 1, rates.get(name, 1.0)), []).append(parameter)
+    return [
+        {"params": own, "weight_decay": training.weight_decay if decayed else 0.0, "rate": rate}
+        for (decayed, rate), own in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
 
 
 def _stream(batches: Callable[[int], Iterator[Batch]], total: int, accelerator: Accelerator) -> Iterator[Batch]:
@@ -223,7 +230,7 @@ def _set_rate(optimizer: Any, training: Training, step: int, total: int) -> None
     else:
         factor = 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
     for group in optimizer.param_groups:
-        group["lr"] = training.lr * factor
+        group["lr"] = training.lr * factor * group["rate"]
 
 
 @torch.no_grad()

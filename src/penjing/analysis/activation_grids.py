@@ -1,46 +1,66 @@
-"""Grids of activations from what samples show."""
+"""Grids for activations: how wide each is to be, and what range samples give it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from penjing.analysis.placement import Quantizer
+from penjing.analysis.placement import Placement
 from penjing.analysis.weight_grids import Scales, power_of_two
 from penjing.errors import DataError
+from penjing.network.network import Network
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid, Ranges
 from penjing.tensors.observers import Observer
 
 
+def activation_types(placement: Placement, dtype: str, *, edges: str, ends: Collection[str]) -> dict[int, str]:
+    """The integer type of each activation grid, by number: `dtype` where it feeds a layer, `edges` in front of the
+    layers (by node) in `ends`.
+
+    What only additions, pools and outputs read stays at 8 bits at least: they gain nothing by narrow numbers, and what
+    a residual sum loses is lost for all layers behind it.
+    """
+    layers = {source for sources in placement.sources.values() for source in sources}
+    outer = {source for node in ends for source in placement.sources.get(node, ())}
+    wide = dtype if grids.limits(dtype)[1] > 127 else "int8"
+    chosen: dict[int, str] = {}
+    for q in placement.quantizers:
+        own = edges if q.value in outer else dtype if q.value in layers else wide
+        held = chosen.get(q.grid, own)
+        chosen[q.grid] = max(own, held, key=lambda t: grids.limits(t)[1])  # a shared grid suits all who share it
+    return chosen
+
+
 def activation_grids(
-    module: fx.GraphModule,
-    quantizers: Sequence[Quantizer],
-    batches: Iterable[tuple[Tensor, ...]],
+    network: Network,
+    placement: Placement,
+    types: Mapping[int, str],
+    batches: Iterable[Any],
     *,
-    dtype: str,
-    ranges: Ranges,
+    ranges: Ranges = "mse",
     scales: Scales = "float",
 ) -> dict[int, Grid]:
-    """Runs flat `batches` through a float graph and makes a grid of each class of values that share one, by its number.
+    """An asymmetric grid for each number, of the type in `types`, with the range of what `batches` (a network's
+    inputs) make there.
 
-    Raises DataError when there are no samples or they give NaN or infinite values.
+    Raises DataError when there are no samples, or values that are NaN or infinite.
     """
-    observers = {q.value: Observer(histogram=ranges != "minmax") for q in quantizers}
-    seen = 0
-    watcher = _Watcher(module, observers)
+    seen = {q.value: Observer(histogram=ranges != "minmax") for q in placement.quantizers}
+    watcher = _Watcher(network.graph_module, seen)
+    empty = True
     with torch.no_grad():
-        for flat in batches:
-            watcher.run(*flat)
-            seen += len(flat[0])
-    if seen == 0:
-        raise DataError("the data holds no samples", hint="Quantize looks at the first samples of data")
+        for inputs in batches:
+            watcher.run(*network.bind(inputs).values())
+            empty = False
+    if empty:
+        raise DataError("the data holds no samples", hint="grids of activations want some, without labels")
     merged: dict[int, Observer] = {}
-    for q in quantizers:
-        observer = observers[q.value]
+    for q in placement.quantizers:
+        observer = seen[q.value]
         if observer.broken:
             raise DataError(
                 f"{observer.broken} values at '{q.value}' are NaN or infinite on these samples",
@@ -49,14 +69,13 @@ def activation_grids(
         if observer.count == 0:
             raise DataError(f"no value was seen at '{q.value}'", hint="the samples must not be empty")
         merged.setdefault(q.grid, Observer(histogram=ranges != "minmax")).merge(observer)
-    return {number: _grid(observer, dtype, ranges, scales) for number, observer in merged.items()}
-
-
-def _grid(observer: Observer, dtype: str, ranges: Ranges, scales: Scales) -> Grid:
-    low, high = grids.limits(dtype)
-    covered = observer.range(ranges, high - low + 1)
-    grid = grids.affine_grid(torch.tensor(covered[0]), torch.tensor(covered[1]), low, high)
-    return power_of_two(grid) if scales == "power-of-two" else grid
+    found = {}
+    for number, observer in merged.items():
+        low, high = grids.limits(types[number])
+        ends = observer.range(ranges, high - low + 1)
+        grid = grids.affine_grid(torch.tensor(ends[0]), torch.tensor(ends[1]), low, high)
+        found[number] = power_of_two(grid) if scales == "power-of-two" else grid
+    return found
 
 
 class _Watcher(fx.Interpreter):

@@ -11,6 +11,7 @@ from penjing.methods.prune_weights import PruneWeights
 from penjing.methods.quantize import Quantize
 from penjing.methods.regularize import Regularize
 from penjing.methods.search_amount import SearchAmount
+from penjing.methods.train_quantized import TrainQuantized
 from penjing.recipe import Plan, Recipe, Step
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "Regularize",
     "SearchAmount",
     "Step",
+    "TrainQuantized",
 ]

@@ -212,22 +212,17 @@ class _Planner:
     # ------------------------------------------------------------------------------------------------- activations
     def _activations(self, network: Network, placement: Placement) -> dict[int, Grid]:
         """Runs the samples through the float network and makes a grid of each class of values that share one."""
-        with self.context.progress.task("looking at activations", self.settings.samples) as advance:
+        settings = self.settings
+        types = {q.grid: cast(str, settings.activations) for q in placement.quantizers}
+        with self.context.progress.task("looking at activations", settings.samples) as advance:
 
-            def shown() -> Iterator[tuple[Tensor, ...]]:
-                for inputs in self._batches(network, self.settings.samples):
-                    flat = tuple(network.bind(inputs).values())
-                    yield flat
-                    advance(len(flat[0]))
+            def shown() -> Iterator[Any]:
+                for inputs in self._batches(network, settings.samples):
+                    yield inputs
+                    advance(len(next(iter(network.bind(inputs).values()))))
 
-            return activation_grids(
-                network.graph_module,
-                placement.quantizers,
-                shown(),
-                dtype=cast(str, self.settings.activations),
-                ranges=cast(Ranges, self.settings.ranges),
-                scales=cast(Scales, self.settings.scales),
-            )
+            ranges, scales = cast(Ranges, settings.ranges), cast(Scales, settings.scales)
+            return activation_grids(network, placement, types, shown(), ranges=ranges, scales=scales)
 
     def _compare(
         self, network: Network, placement: Placement, weights: dict[str, _Weight], activations: dict[int, Grid]
