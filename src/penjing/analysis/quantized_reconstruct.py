@@ -1,0 +1,119 @@
+"""Putting weights on grids layer by layer, on a running network, without labels or gradients.
+
+In the order of the graph every layer first gets the dense weights that carry *its inputs in the network as quantized so
+far* to *its outputs in the float network*, less the quantized network's shortcut where a residual sum follows
+(`penjing.analysis.reconstruct`). These are then rounded in the metric of those inputs (`penjing.tensors.gptq`), and the
+bias makes the mean output right. So every layer also makes up for what the layers before it did wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from penjing.analysis.lane import View
+from penjing.analysis.reconstruct import Layer, find_layers, reconstruct
+from penjing.errors import DataError, InputError
+from penjing.network import Network, SetWeights
+from penjing.progress import SILENT, Progress
+from penjing.tensors.gptq import GridRule, Order, gptq
+from penjing.tensors.grids import Grid, fake_quantize
+from penjing.tensors.least_squares import Moments, constant_of, optimum
+from penjing.tensors.sparse_reconstruction import on_support
+
+#: Multiply-accumulates that go into the moments of a layer.
+_WORK = 1.6e10
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """`values` on their `grids`, by parameter; new `biases`, by name; for each layer that could be refitted its output
+    error after, relative to the target (`errors`). Parameters in `nearest` were rounded to nearest, with the reason."""
+
+    grids: dict[str, Grid] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    nearest: dict[str, str] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def round_layers(
+    network: Network,
+    rules: Mapping[str, GridRule],
+    batches: list[dict[str, Tensor]],
+    *,
+    quantizers: Iterable[tuple[str, tuple[str, ...] | None, Grid]] = (),
+    others: Mapping[str, Tensor] | None = None,
+    damping: float = 1e-3,
+    order: Order = "ascending",
+    refit: bool = True,
+    work: float = _WORK,
+    progress: Progress = SILENT,
+) -> Rounded:
+    """Values on a grid for every parameter in `rules`, and biases that go with them.
+
+    `network` is the float network, its batch norms folded; `batches` are bound inputs (1000 to 2000 samples). The
+    `quantizers` (value, its users or None for all, grid) act on activations as they will in the quantized network.
+    `others` are parameters that are on grids already. With `refit` off the float weights themselves are rounded.
+    Weights that are masked stay zero. What `find_layers` leaves out (shared, recurrent or transposed weights) goes to
+    the nearest points of its grid before anything else. Raises DataError without batches, InputError for weights that
+    are not finite.
+    """
+    if not batches:
+        raise DataError("rounding by the layers' outputs needs samples", hint="a thousand without labels are enough")
+    tensors = network.tensors()
+    layers = {layer.weight: layer for layer in find_layers(network)}
+    result = Rounded()
+    for name in rules:
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise InputError(f"{name} holds NaN or infinite values: no grid covers it", hint="exclude it with where")
+        reason = _untreated(name, layers)
+        if reason is not None:
+            _to_nearest(name, rules[name], tensors[name].detach(), result, reason)
+    held = {**(others or {}), **result.values}
+    start = network.apply([SetWeights(parameter=n, value=v) for n, v in held.items()]) if held else network
+
+    def solve(layer: Layer, moments: Moments, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        hessian, dense = optimum(moments, weight, bias=bias, damping=damping)
+        dense = dense if refit else weight
+        alive = None
+        if layer.weight in network.masks:
+            alive = network.masks[layer.weight].view_as(weight)
+            dense = on_support(hessian, dense, alive)
+        rounded, grid = gptq(hessian, dense, rules[layer.weight], alive=alive, order=order)
+        result.grids[layer.weight] = grid
+        return rounded, constant_of(moments, rounded) if bias else None
+
+    views: dict[str, list[View]] = {}
+    for value, users, grid in quantizers:
+        views.setdefault(value, []).append((users, partial(fake_quantize, grid=grid)))
+    wanted = [name for name in rules if name not in result.values]
+    found = reconstruct(
+        network, start, {}, batches, only=wanted, solve=solve, work=work, views=views, progress=progress
+    )
+    for parameter, tensor in found.tensors.items():
+        (result.values if parameter in rules else result.biases)[parameter] = tensor
+    result.errors.update({parameter: error for parameter, (_, error) in found.errors.items()})
+    return result
+
+
+def _untreated(name: str, layers: Mapping[str, Layer]) -> str | None:
+    """Why a parameter cannot be refitted, or None."""
+    if name not in layers:
+        return "shared, or not the weight of a plain convolution or linear layer"
+    if layers[name].norm is not None:
+        return "a batch norm behind it is not folded"
+    return None
+
+
+def _to_nearest(name: str, rule: GridRule, weight: Tensor, result: Rounded, reason: str) -> None:
+    rows = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
+    grid = rule.grid(rows)
+    result.grids[name] = grid
+    result.values[name] = fake_quantize(rows, grid).view(weight.shape)
+    result.nearest[name] = reason
