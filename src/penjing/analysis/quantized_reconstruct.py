@@ -26,7 +26,7 @@ from penjing.tensors.least_squares import Moments, constant_of, optimum
 from penjing.tensors.sparse_reconstruction import on_support
 
 #: Multiply-accumulates that go into the moments of a layer.
-_WORK = 1.6e10
+_WORK = 4e9
 
 
 @dataclass(frozen=True)
