@@ -42,6 +42,11 @@ class Reader:
     axis: int
     spread: int = 1
 
+    @property
+    def product(self) -> bool:
+        """Whether it reads the last axis, not the first behind the batch."""
+        return operator_name(self.node) in _PRODUCTS
+
 
 @dataclass(frozen=True)
 class Link:

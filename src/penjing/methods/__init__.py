@@ -2,6 +2,7 @@
 from here.
 """
 
+from penjing.methods.equalize import Equalize
 from penjing.methods.finetune import Finetune
 from penjing.methods.gradually import Gradually
 from penjing.methods.prune_channels import PruneChannels
@@ -14,6 +15,7 @@ from penjing.methods.search_amount import SearchAmount
 from penjing.recipe import Plan, Recipe, Step
 
 __all__ = [
+    "Equalize",
     "Finetune",
     "Gradually",
     "Plan",
