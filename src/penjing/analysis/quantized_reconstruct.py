@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from penjing.analysis.lane import View
+from penjing.analysis.lane import Lane, View
+from penjing.analysis.operators import operator_name
 from penjing.analysis.reconstruct import Layer, find_layers, reconstruct
 from penjing.errors import DataError, InputError
 from penjing.network import Network, SetWeights
@@ -27,6 +28,8 @@ from penjing.tensors.sparse_reconstruction import on_support
 
 #: Multiply-accumulates that go into the moments of a layer.
 _WORK = 4e9
+#: What an embedding counts beside a linear layer that shares its weight, whose inputs have a mean square of one.
+_EMBEDDING = 0.3
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ def round_layers(
     `network` is the float network, its batch norms folded; `batches` are bound inputs (1000 to 2000 samples). The
     `quantizers` (value, its users or None for all, grid) act on activations as they will in the quantized network.
     `others` are parameters that are on grids already. With `refit` off the float weights themselves are rounded.
-    Weights that are masked stay zero. What `find_layers` leaves out (shared, recurrent or transposed weights) goes to
-    the nearest points of its grid before anything else. Raises DataError without batches, InputError for weights that
-    are not finite.
+    Weights that are masked stay zero. Before anything else come those that `find_layers` leaves out: a weight shared by
+    linear layers and embeddings is rounded in the metric of all of them, in the float network; others (recurrent or
+    transposed ones) go to the nearest points of their grids. Raises DataError without batches, InputError for weights
+    that are not finite.
     """
     if not batches:
         raise DataError("rounding by the layers' outputs needs samples", hint="a thousand without labels are enough")
@@ -72,9 +76,10 @@ def round_layers(
     for name in rules:
         if not bool(torch.isfinite(tensors[name]).all()):
             raise InputError(f"{name} holds NaN or infinite values: no grid covers it", hint="exclude it with where")
-        reason = _untreated(name, layers)
-        if reason is not None:
-            _to_nearest(name, rules[name], tensors[name].detach(), result, reason)
+        if name not in layers:
+            _before_the_others(network, name, rules[name], batches, order, result)
+        elif layers[name].norm is not None:
+            _to_nearest(name, rules[name], tensors[name].detach(), result, "a batch norm behind it is not folded")
     held = {**(others or {}), **result.values}
     start = network.apply([SetWeights(parameter=n, value=v) for n, v in held.items()]) if held else network
 
@@ -102,13 +107,44 @@ def round_layers(
     return result
 
 
-def _untreated(name: str, layers: Mapping[str, Layer]) -> str | None:
-    """Why a parameter cannot be refitted, or None."""
-    if name not in layers:
-        return "shared, or not the weight of a plain convolution or linear layer"
-    if layers[name].norm is not None:
-        return "a batch norm behind it is not folded"
-    return None
+def _before_the_others(
+    network: Network, name: str, rule: GridRule, batches: list[dict[str, Tensor]], order: Order, result: Rounded
+) -> None:
+    weight = network.tensors()[name].detach()
+    hessian = _shared_hessian(network, name, batches)
+    if hessian is None:
+        _to_nearest(name, rule, weight, result, "neither of a plain convolution nor of linear layers")
+        return
+    alive = network.masks[name][None] if name in network.masks else None
+    rounded, grid = gptq(hessian, weight[None], rule, alive=alive, order=order)
+    result.grids[name], result.values[name] = grid, rounded[0].to(weight.dtype)
+
+
+def _shared_hessian(network: Network, name: str, batches: list[dict[str, Tensor]]) -> Tensor | None:
+    """What all readers of a weight (O, D) together mind when it changes (1, D, D); None if others than linear layers
+    and embeddings read it."""
+    readers = [u for n in network.graph_module.graph.nodes if n.op == "get_attr" and n.target == name for u in n.users]
+    linear = [u for u in readers if operator_name(u) == "aten::linear" and _reads(u.args[1], name)]
+    embeddings = [u for u in readers if operator_name(u) == "aten::embedding" and _reads(u.args[0], name)]
+    if not linear or len(linear) + len(embeddings) < len(readers):
+        return None
+    columns = network.tensors()[name].shape[1]
+    sources = [u.args[0].name for u in linear if isinstance(u.args[0], fx.Node)]
+    lane = Lane(network, batches, hold=sources)
+    total = torch.zeros(columns, columns, dtype=torch.float64)
+    for source in sources:
+        gram = torch.zeros_like(total)
+        for x in lane.value(source):
+            rows = x.reshape(-1, columns)
+            gram += (rows.mT @ rows).double()
+        total += gram / gram.diagonal().mean().clamp_min(1e-30)
+    # An embedding gives out whole rows: all columns count alike there.
+    share = _EMBEDDING if embeddings else 1e-3
+    return (total + share * torch.eye(columns, dtype=torch.float64))[None]
+
+
+def _reads(argument: object, name: str) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr" and argument.target == name
 
 
 def _to_nearest(name: str, rule: GridRule, weight: Tensor, result: Rounded, reason: str) -> None:

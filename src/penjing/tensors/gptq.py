@@ -86,6 +86,11 @@ def gptq(
     weight = weight.double()
     living = torch.ones_like(weight, dtype=torch.bool) if alive is None else alive
     weight = weight * living
+    if rule.group >= weight.shape[2]:  # a group is the whole row
+        plain = replace(rule, group=0, axis=0)
+        rounded, grid = gptq(hessian, weight, plain, alive=alive, order=order, sweeps=sweeps, nearest=nearest)
+        scale, zero = grid.scale[:, None], grid.zero_point[:, None]
+        return rounded, replace(grid, scale=scale, zero_point=zero, group=rule.group)
     task = _Task(hessian.double(), weight, living, order, sweeps, nearest)
     if rule.group and order == "ascending":
         return task.by_groups(rule)
