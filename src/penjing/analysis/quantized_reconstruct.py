@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from penjing.analysis.lane import Lane, View
 from penjing.analysis.operators import operator_name
 from penjing.analysis.reconstruct import Layer, find_layers, reconstruct
-from penjing.errors import DataError, InputError
+from penjing.errors import DataError
 from penjing.network import Network, SetWeights
 from penjing.progress import SILENT, Progress
 from penjing.tensors.gptq import GridRule, Order, gptq
@@ -65,8 +65,7 @@ def round_layers(
     `others` are parameters that are on grids already. With `refit` off the float weights themselves are rounded.
     Weights that are masked stay zero. Before anything else come those that `find_layers` leaves out: a weight shared by
     linear layers and embeddings is rounded in the metric of all of them, in the float network; others (recurrent or
-    transposed ones) go to the nearest points of their grids. Raises DataError without batches, InputError for weights
-    that are not finite.
+    transposed ones) go to the nearest points of their grids. Raises DataError without batches.
     """
     if not batches:
         raise DataError("rounding by the layers' outputs needs samples", hint="a thousand without labels are enough")
@@ -74,8 +73,6 @@ def round_layers(
     layers = {layer.weight: layer for layer in find_layers(network)}
     result = Rounded()
     for name in rules:
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise InputError(f"{name} holds NaN or infinite values: no grid covers it", hint="exclude it with where")
         if name not in layers:
             _before_the_others(network, name, rules[name], batches, order, result)
         elif layers[name].norm is not None:
