@@ -1,0 +1,50 @@
+"""The choice of widths: against every choice there is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from penjing.tensors.bit_allocation import least_harm
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("constraints", [1, 2])
+def test_no_choice_that_fits_does_less_harm(seed: int, constraints: int) -> None:
+    random = np.random.default_rng(seed)
+    options = random.integers(1, 4, 6)
+    harms = [list(random.exponential(size=n) * 10.0 ** random.integers(-6, 6)) for n in options]
+    tables = [[list(random.uniform(0, 1e6, n)) for n in options] for _ in range(constraints)]
+    limits = [float(np.mean([sum(map(max, t)), sum(map(min, t))])) for t in tables]
+
+    def total(table: list[list[float]], choice: tuple[int, ...] | list[int]) -> float:
+        return sum(row[i] for row, i in zip(table, choice, strict=True))
+
+    def fits(choice: tuple[int, ...] | list[int]) -> bool:
+        return all(total(t, choice) <= limit for t, limit in zip(tables, limits, strict=True))
+
+    possible = [c for c in itertools.product(*map(range, options)) if fits(c)]
+    chosen = least_harm(harms, list(zip(tables, limits, strict=True)))
+    if not possible:
+        assert chosen is None
+        return
+    assert chosen is not None and fits(chosen)
+    assert total(harms, chosen) <= min(total(harms, c) for c in possible) * (1 + 1e-5)
+
+
+def test_what_cannot_fit() -> None:
+    assert least_harm([[1.0, 2.0]], [([[5.0, 4.0]], 3.0)]) is None
+    assert least_harm([[1.0, 2.0]], [([[5.0, 4.0]], 4.0)]) == [1]
+    assert least_harm([[2.0, 1.0], [3.0]], []) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("harms", "costs"),
+    [([], []), ([[1.0], []], []), ([[math.nan]], []), ([[1.0]], [([[math.inf]], 1.0)]), ([[1.0]], [([[]], 1.0)])],
+)
+def test_bad_tables_are_refused(harms: list[list[float]], costs: list[tuple[list[list[float]], float]]) -> None:
+    with pytest.raises(ValueError, match="option|finite"):
+        least_harm(harms, costs)
