@@ -137,7 +137,7 @@ class Tied(nn.Module):
 def test_shared_and_recurrent_weights() -> None:
     network = capture(Tied(), inputs=(torch.randint(0, 20, (2, 6)),))
     batches = [network.bind((torch.randint(0, 20, (32, 6)),)) for _ in range(3)]
-    rules = weights(network)
+    rules = {**weights(network), "rnn.weight_ih_l0": GridRule(0, 7, group=3, symmetric=False)}
     found = round_layers(network, rules, batches)
     assert set(found.nearest) == {"rnn.weight_ih_l0", "rnn.weight_hh_l0"}
     assert set(found.values) == set(rules) and all_on_grid(found)

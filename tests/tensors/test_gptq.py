@@ -115,7 +115,7 @@ def test_a_rounding_of_ones_own() -> None:
         return x.sign() * 2.0 ** x.abs().clamp_min(1e-3).log2().round()
 
     hessian, weight = problem(1, 4, 12, 100)
-    rounded, _ = gptq(hessian, weight, GridRule(-7, 7), nearest=powers)
+    rounded, _ = gptq(hessian, weight, GridRule(-7, 7, nearest=powers))
     exponents = rounded.abs().log2()
     assert torch.equal(exponents, exponents.round())
     plain = powers(weight, GridRule(-7, 7).grid(weight[0]))

@@ -9,11 +9,12 @@ bias makes the mean output right. So every layer also makes up for what the laye
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from penjing.analysis.lane import Lane, View
 from penjing.analysis.operators import operator_name
@@ -148,5 +149,15 @@ def _to_nearest(name: str, rule: GridRule, weight: Tensor, result: Rounded, reas
     rows = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
     grid = rule.grid(rows)
     result.grids[name] = grid
-    result.values[name] = fake_quantize(rows, grid).view(weight.shape)
+    result.values[name] = _nearest(rows, rule, grid).view(weight.shape)
     result.nearest[name] = reason
+
+
+def _nearest(rows: Tensor, rule: GridRule, grid: Grid) -> Tensor:
+    """Rows on their grid; a rule's own rounding knows one scale a row only, so groups become rows."""
+    columns = rows.shape[1]
+    if grid.group:
+        wide = functional.pad(rows, (0, -columns % grid.group)).reshape(-1, grid.group)
+        plain = replace(grid, scale=grid.scale.flatten(), zero_point=grid.zero_point.flatten(), group=0)
+        return rule.nearest(wide, plain).view(len(rows), -1)[:, :columns]
+    return rule.nearest(rows, grid)

@@ -28,7 +28,7 @@ ORDERS: tuple[Order, ...] = ("ascending", "activation")
 Nearest = Callable[[Tensor, Grid], Tensor]
 
 #: Shares of the whole range that are tried when ranges go by the squared error.
-_SHARES = tuple(1.0 - 0.05 * step for step in range(15))
+_SHARES = tuple(1.0 - 0.05 * step for step in range(18))
 #: Columns that are rounded before the others hear of it: products of matrices are faster than of vectors.
 _BLOCK = 128
 #: Bytes of rows that are rounded at once while ranges are searched.
@@ -41,7 +41,8 @@ class GridRule:
     (None), or one for every `group` columns of each row.
 
     `ranges` as in `grids.tensor_grid`; "mse" means the squared error of the *outputs* here: all shares of the range are
-    rounded, and each row takes its best.
+    rounded, and each row takes its best. `nearest` puts values (R, n) on a grid with one scale a row; grids that are
+    not uniform bring their own.
     """
 
     quant_min: int
@@ -50,6 +51,7 @@ class GridRule:
     group: int = 0
     symmetric: bool = True
     ranges: Ranges = "minmax"
+    nearest: Nearest = fake_quantize
 
     def grid(self, rows: Tensor) -> Grid:
         """The grid for weights (R, n) by themselves. Raises ValueError where they are empty or not finite."""
@@ -73,25 +75,24 @@ def gptq(
     alive: Tensor | None = None,
     order: Order = "ascending",
     sweeps: int = 4,
-    nearest: Nearest = fake_quantize,
 ) -> tuple[Tensor, Grid]:
     """Values on a grid (G, O, D; float64) near `weight` in the metric of `hessian`, and the grid, for weights (G·O, D).
 
     In "activation" order the columns with the largest diagonal of `hessian` come first. With groups, each group's grid
     is chosen when its first column is reached, from what the weights are by then; in "activation" order before anything
     moves. `sweeps` times every weight may move again. Weights that are not `alive` (bool, G, O, D) stay exactly zero.
-    `nearest` rounds. No row comes out worse than when it is rounded to nearest on the grid returned. Raises ValueError
-    for weights that are empty or not finite, DataError for a Hessian that is not finite.
+    No row comes out worse than when it is rounded to nearest on the grid returned. Raises ValueError for weights that
+    are empty or not finite, DataError for a Hessian that is not finite.
     """
     weight = weight.double()
     living = torch.ones_like(weight, dtype=torch.bool) if alive is None else alive
     weight = weight * living
     if rule.group >= weight.shape[2]:  # a group is the whole row
         plain = replace(rule, group=0, axis=0)
-        rounded, grid = gptq(hessian, weight, plain, alive=alive, order=order, sweeps=sweeps, nearest=nearest)
+        rounded, grid = gptq(hessian, weight, plain, alive=alive, order=order, sweeps=sweeps)
         scale, zero = grid.scale[:, None], grid.zero_point[:, None]
         return rounded, replace(grid, scale=scale, zero_point=zero, group=rule.group)
-    task = _Task(hessian.double(), weight, living, order, sweeps, nearest)
+    task = _Task(hessian.double(), weight, living, order, sweeps, rule.nearest)
     if rule.group and order == "ascending":
         return task.by_groups(rule)
     by_error = rule.ranges == "mse" and not rule.group
