@@ -29,6 +29,8 @@ Nearest = Callable[[Tensor, Grid], Tensor]
 
 #: Shares of the whole range that are tried when ranges go by the squared error.
 _SHARES = tuple(1.0 - 0.05 * step for step in range(18))
+#: How often scales and integers are found anew in turn.
+_TURNS = 4
 #: Columns that are rounded before the others hear of it: products of matrices are faster than of vectors.
 _BLOCK = 128
 #: Bytes of rows that are rounded at once while ranges are searched.
@@ -151,8 +153,24 @@ class _Task:
             found = rounded.gather(1, at[:, None, :, None].expand(-1, -1, -1, columns))[:, 0]
             best = torch.where(better[..., None], found, best)
         factor = share.flatten()[0] if grid.axis is None else share.flatten()
-        best = best if self.back is None else _columns(best, self.back)
-        return best, replace(grid, scale=grid.scale * factor)
+        grid = replace(grid, scale=grid.scale * factor)
+        if grid.axis is not None and self.nearest is fake_quantize:
+            best, grid = self._rescaled(best, grid)
+        return best if self.back is None else _columns(best, self.back), grid
+
+    def _rescaled(self, rounded: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """By turns the best scale of each row for its integers, in closed form, and the best integers for the scale."""
+        for _ in range(_TURNS):
+            integers = (rounded / self._spread(grid)[0]).round()
+            pull = integers @ self.hessian
+            best = ((pull * self.weight).sum(-1) / (pull * integers).sum(-1).clamp_min(1e-30)).flatten().float()
+            grid = replace(grid, scale=torch.where(best > 0, best, grid.scale))
+            wide, zero = self._spread(grid)
+            same = (integers.float() * wide).double()
+            rounded = self._settle(self.weight, self.alive, same.clone(), grid, wide, zero)
+            if torch.equal(rounded, same):
+                break
+        return rounded, grid
 
     def by_groups(self, rule: GridRule) -> tuple[Tensor, Grid]:
         """The weights on grids of their own for every group of columns, chosen as the pass comes to them."""
