@@ -66,7 +66,8 @@ def round_layers(
     `others` are parameters that are on grids already. With `refit` off the float weights themselves are rounded.
     Weights that are masked stay zero. Before anything else come those that `find_layers` leaves out: a weight shared by
     linear layers and embeddings is rounded in the metric of all of them, in the float network; others (recurrent or
-    transposed ones) go to the nearest points of their grids. Raises DataError without batches.
+    transposed ones) go to the nearest points of their grids. Rows are the first dimension of a weight: one whose output
+    channels are elsewhere is better rounded by the caller and given in `others`. Raises DataError without batches.
     """
     if not batches:
         raise DataError("rounding by the layers' outputs needs samples", hint="a thousand without labels are enough")
