@@ -156,6 +156,7 @@ def test_public_names() -> None:
     assert penjing.__all__ == sorted(penjing.__all__)
     assert set(penjing.__all__) == {
         "Bundle",
+        "Equalize",
         "Finetune",
         "Gradually",
         "Network",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from penjing.errors import PenjingError
     from penjing.evaluation import Report, Sensitivity, evaluate, sensitivity
     from penjing.methods import (
+        Equalize,
         Finetune,
         Gradually,
         Plan,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bundle": "penjing.deployment",
+    "Equalize": "penjing.methods",
     "Finetune": "penjing.methods",
     "Gradually": "penjing.methods",
     "Network": "penjing.network",
@@ -64,6 +66,7 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "Equalize",
     "Finetune",
     "Gradually",
     "Network",

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
-from penjing.analysis.lane import Lane
-from penjing.network import Network, capture
+from penjing.analysis.lane import Lane, View
+from penjing.network import Network, QuantizeTensor, capture
+from penjing.tensors.grids import Grid, affine_grid, fake_quantize
 
 
 class Branches(nn.Module):
@@ -55,3 +58,31 @@ def test_only_what_is_needed_is_computed() -> None:
     lane.tensors["b.weight"] = torch.zeros(8, 8)
     bias = network.tensors()["b.bias"]
     assert all(torch.allclose(v, bias.expand_as(v)) for v in lane.value(second))
+
+
+def test_views_stand_where_quantizers_would() -> None:
+    # As in the graph with real quantizers: behind a value for all that read it, or for one reader only.
+    network = capture(Branches(), inputs=(torch.rand(2, 6),))
+    given = batches(network)
+    first, second, _ = linear_nodes(network)
+    relu = next(n.name for n in network.graph_module.graph.nodes if "relu" in str(n.target))
+    wide = affine_grid(torch.tensor(-1.0), torch.tensor(1.0), -8, 7)
+    fine = Grid(torch.tensor(0.25), torch.tensor(0), 0, 7)
+    placed: list[tuple[str, tuple[str, ...] | None, Grid]] = [("x", None, wide), (relu, (second,), fine)]
+    quantized = network.apply(
+        [
+            QuantizeTensor(
+                tensor=value, scale=float(grid.scale), zero_point=int(grid.zero_point), users=users,
+                quant_min=grid.quant_min, quant_max=grid.quant_max,
+            )
+            for value, users, grid in placed
+        ]
+    )  # fmt: skip
+    views: dict[str, list[View]] = {v: [(users, partial(fake_quantize, grid=grid))] for v, users, grid in placed}
+    last = next(n.name for n in network.graph_module.graph.nodes if n.op == "output")
+    lane = Lane(network, given, hold=[relu], views=views)
+    for outputs, batch in zip(lane.value(last), given, strict=True):
+        assert torch.allclose(outputs[0], quantized.run(batch)[0], atol=1e-6)
+    plain, other = lane.value(relu)[0], lane.seen(relu, second)[0]
+    assert torch.equal(other, fake_quantize(plain, fine)) and not torch.equal(other, plain)
+    assert torch.equal(lane.seen(relu, first)[0], plain)

@@ -6,7 +6,7 @@ in a single pass while something is done at many of its nodes: layers fitted, ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,21 +14,32 @@ from torch import Tensor, fx
 
 from penjing.network.network import Network
 
+#: What the nodes named (None: all that read a value) get instead of the value.
+View = tuple[tuple[str, ...] | None, Callable[[Tensor], Tensor]]
+
 
 class Lane:
     """The values of one network on fixed batches, computed on demand.
 
     `tensors` (name → tensor) are what the graph reads; change an entry and everything computed afterwards uses the new
-    one (a node already computed is not computed again). Values in `hold` stay until `release`.
+    one (a node already computed is not computed again). Values in `hold` stay until `release`. `views` (by the node
+    whose value they change) stand between a value and the nodes that read it, as quantizers do.
     """
 
-    def __init__(self, network: Network, batches: Sequence[Mapping[str, Tensor]], hold: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        network: Network,
+        batches: Sequence[Mapping[str, Tensor]],
+        hold: Iterable[str] = (),
+        views: Mapping[str, Sequence[View]] | None = None,
+    ) -> None:
         self.tensors = network.tensors()
         self._batches = batches
         self._nodes = {n.name: n for n in network.graph_module.graph.nodes}
         self._depends = _dependencies(network.graph_module.graph)
         self._place = {n: i for i, n in enumerate(self._nodes.values())}
         self._hold = set(hold)
+        self._views = views or {}
         self._held: dict[str, list[Any]] = {}
         self._values: dict[fx.Node, list[Any]] = {}
         self._unread = {n: len(n.users) for n in self._nodes.values()}
@@ -45,6 +56,10 @@ class Lane:
         for pending in self._pending(node):
             self._compute(pending)
         return self._held[name] if name in self._held else self._values[node]
+
+    def seen(self, name: str, by: str) -> list[Any]:
+        """The value of node `name` as node `by` reads it, one a batch; `value` is what was computed."""
+        return [self._through(name, by, v) for v in self.value(name)]
 
     def release(self, name: str) -> None:
         """Give a held value up."""
@@ -81,7 +96,9 @@ class Lane:
 
     def _call(self, node: fx.Node, index: int) -> Any:
         def load(source: fx.Node) -> Any:
-            return self.tensors[str(source.target)] if source.op == "get_attr" else self._values[source][index]
+            if source.op == "get_attr":
+                return self.tensors[str(source.target)]
+            return self._through(source.name, node.name, self._values[source][index])
 
         args = fx.node.map_arg(node.args, load)
         kwargs = fx.node.map_arg(node.kwargs, load)
@@ -89,6 +106,12 @@ class Lane:
             return args[0]
         function: Any = node.target
         return function(*args, **kwargs)
+
+    def _through(self, name: str, reader: str, value: Any) -> Any:
+        for users, view in self._views.get(name, ()):
+            if users is None or reader in users:
+                value = view(value)
+        return value
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from penjing.analysis.lane import Lane
+from penjing.analysis.lane import Lane, View
 from penjing.network.channels.groups import Group, kept_indices
 from penjing.network.edits import RemoveChannels
 from penjing.network.network import Network
@@ -129,6 +129,7 @@ def reconstruct(
     damping: float = 1e-3,
     solve: Solve | None = None,
     work: float = _WORK,
+    views: Mapping[str, Sequence[View]] | None = None,
     progress: Progress = SILENT,
 ) -> Refit:
     """Refit the layers of `pruned` whose weights are named in `only` (None: every layer) so that it answers as
@@ -136,7 +137,7 @@ def reconstruct(
 
     `kept` tells which indices of the original's tensors are left, `batches` are bound inputs. Nothing is changed: the
     new values are returned. `solve` finds the weights (None: damped least squares); `work` bounds the multiply-
-    accumulates that go into a layer's moments.
+    accumulates that go into a layer's moments. `views` change what the nodes of `pruned` read of each other's values.
     """
     solve = solve or (lambda layer, moments, start, bias: refit(moments, start, bias=bias, damping=damping))
     layers = [layer for layer in find_layers(pruned) if only is None or layer.weight in only]
@@ -145,7 +146,8 @@ def reconstruct(
     layers = [layer for layer in layers if layer.node.name in originals]
     targets = {n.name for layer in layers for n in (layer.end, layer.total) if n is not None}
     wanted = Lane(original, batches, hold=targets)
-    given = Lane(pruned, batches, hold={layer.shortcut.name for layer in layers if layer.shortcut is not None})
+    shortcuts = {layer.shortcut.name for layer in layers if layer.shortcut is not None}
+    given = Lane(pruned, batches, hold=shortcuts, views=views)
     result = Refit()
     unfitted = {layer.node for layer in layers}
     with progress.task("reconstructing layers", len(layers)) as advance:
@@ -206,8 +208,8 @@ def _fit(
     rows_kept = kept.get(layer.weight, {}).get(0)
     end = layer.total if shortcut is not None and layer.total is not None else layer.end
     wants = wanted.value(end.name)
-    inputs = given.value(source.name)
-    others = given.value(shortcut.name) if shortcut is not None else [None] * len(inputs)
+    inputs = given.seen(source.name, layer.node.name)
+    others = given.seen(shortcut.name, end.name) if shortcut is not None else [None] * len(inputs)
     axis = 1 if layer.convolution else -1
     moments = Moments(groups, weight[0].numel(), weight.shape[0] // groups)
     limit = rows_wanted(weight.shape, groups, work) // len(inputs) + 1

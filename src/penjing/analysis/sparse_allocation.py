@@ -13,8 +13,8 @@ from penjing.analysis.tail import Tails
 from penjing.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.tensors.allocation import along_curves
-from penjing.tensors.least_squares import Moments
-from penjing.tensors.sparse_reconstruction import damped_hessian, sweep
+from penjing.tensors.least_squares import Moments, damped_hessian
+from penjing.tensors.sparse_reconstruction import sweep
 
 _SHARES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 _DAMPING = 1e-3

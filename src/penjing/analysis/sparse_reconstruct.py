@@ -22,8 +22,8 @@ from penjing.network import MaskWeights, Network, SetWeights
 from penjing.progress import SILENT, Progress
 from penjing.registry import did_you_mean
 from penjing.tensors.chita import prune_by_fisher
-from penjing.tensors.least_squares import Moments, cholesky
-from penjing.tensors.sparse_reconstruction import Neighbours, damped_hessian, eliminate_weights, on_support, sweep
+from penjing.tensors.least_squares import Moments, constant_of, optimum
+from penjing.tensors.sparse_reconstruction import Neighbours, eliminate_weights, on_support, sweep
 from penjing.tensors.sparsity import Pattern
 
 #: The criteria that rebuild what stays.
@@ -83,7 +83,7 @@ def prune_layers(
         gone = allocate(network, list(layers.values()), batches, round(sparsity * sum(sizes.values())), progress)
 
     def solve(layer: Layer, moments: Moments, start: Tensor, constant: bool) -> tuple[Tensor, Tensor | None]:
-        hessian, dense = _optimum(moments, start, constant)
+        hessian, dense = optimum(moments, start, bias=constant, damping=_DAMPING)
         alive = torch.ones_like(start, dtype=torch.bool)
         if layer.weight in network.masks:
             alive = network.masks[layer.weight].view_as(start)
@@ -95,19 +95,13 @@ def prune_layers(
         taps = int(tensors[layer.weight].shape[2:].numel())
         mask = _mask(hessian, dense, alive, gone[layer.weight], pattern, taps, one_by_one)
         result.masks[layer.weight] = mask.reshape(tensors[layer.weight].shape)
-        return _with_constant(moments, on_support(hessian, dense, mask), constant)
+        fitted = on_support(hessian, dense, mask)
+        return fitted, constant_of(moments, fitted) if constant else None
 
     refit = reconstruct(network, network, {}, batches, only=layers, solve=solve, work=_WORK, progress=progress)
     result.tensors.update(refit.tensors)
     result.errors.update({name: after for name, (_, after) in refit.errors.items()})
     return result
-
-
-def _optimum(moments: Moments, start: Tensor, constant: bool) -> tuple[Tensor, Tensor]:
-    """The damped Hessian of a layer and its best dense weights."""
-    gram, cross = moments.centred() if constant else (moments.xx, moments.xt)
-    hessian = damped_hessian(gram, moments.rows, _DAMPING)
-    return hessian, start + torch.cholesky_solve(cross - gram @ start.mT, cholesky(hessian)).mT
 
 
 def _mask(
@@ -129,13 +123,6 @@ def _mask(
     else:
         mask = sweep(hessian, dense, 0.0, alive=living, pattern=(pattern.keep, pattern.group))[1]
     return side.back(mask, columns) & alive
-
-
-def _with_constant(moments: Moments, fitted: Tensor, constant: bool) -> tuple[Tensor, Tensor | None]:
-    if not constant:
-        return fitted, None
-    mean_x, mean_t = moments.sum_x / moments.rows, moments.sum_t / moments.rows
-    return fitted, mean_t - (fitted @ mean_x[..., None])[..., 0]
 
 
 @torch.no_grad()
@@ -184,8 +171,9 @@ def prune_together(
             advance(1)
 
     def solve(layer: Layer, moments: Moments, start: Tensor, constant: bool) -> tuple[Tensor, Tensor | None]:
-        hessian, dense = _optimum(moments, start, constant)
-        return _with_constant(moments, on_support(hessian, dense, masks[layer.weight].view_as(start)), constant)
+        hessian, dense = optimum(moments, start, bias=constant, damping=_DAMPING)
+        fitted = on_support(hessian, dense, masks[layer.weight].view_as(start))
+        return fitted, constant_of(moments, fitted) if constant else None
 
     refit = reconstruct(network, current, {}, batches, only=names, solve=solve, work=_WORK, progress=progress)
     values = {name: current.tensors()[name].detach() for name in names}

@@ -2,6 +2,7 @@
 from here.
 """
 
+from penjing.methods.equalize import Equalize
 from penjing.methods.finetune import Finetune
 from penjing.methods.gradually import Gradually
 from penjing.methods.prune_channels import PruneChannels
@@ -15,6 +16,7 @@ from penjing.methods.train_quantized import TrainQuantized
 from penjing.recipe import Plan, Recipe, Step
 
 __all__ = [
+    "Equalize",
     "Finetune",
     "Gradually",
     "Plan",

@@ -67,15 +67,30 @@ def refit(moments: Moments, weight: Tensor, *, bias: bool, damping: float = 1e-3
     Minimizes ‖x·Wᵀ + b − t‖² + λ‖W − weight‖²: the damping pulls towards the weights given, not towards zero, so that
     directions never seen in the samples keep what training put there. Without `bias` the constant is None.
     """
+    _, solved = optimum(moments, weight, bias=bias, damping=damping)
+    return solved, constant_of(moments, solved) if bias else None
+
+
+def optimum(moments: Moments, weight: Tensor, *, bias: bool, damping: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """The damped Hessian (G, D, D) of the problem in `refit`, and its solution (G, O, D).
+
+    Other weights V cost (V - solution) H (V - solution)ᵀ more, which is what all rounding and pruning of them is about.
+    """
     weight = weight.double()
     gram, cross = moments.centred() if bias else (moments.xx, moments.xt)
-    rest = cross - gram @ weight.mT
-    floor = 1e-8 * max(moments.rows, 1)
-    solved = weight + torch.linalg.solve(damped(gram, damping, floor), rest).mT
-    if not bias:
-        return solved, None
+    hessian = damped_hessian(gram, moments.rows, damping)
+    return hessian, weight + torch.cholesky_solve(cross - gram @ weight.mT, cholesky(hessian)).mT
+
+
+def constant_of(moments: Moments, weight: Tensor) -> Tensor:
+    """The constant (G, O) with which the mean output of `weight` (G, O, D) is that of the targets."""
     mean_x, mean_t = moments.sum_x / moments.rows, moments.sum_t / moments.rows
-    return solved, mean_t - (solved @ mean_x[..., None])[..., 0]
+    return mean_t - (weight @ mean_x[..., None])[..., 0]
+
+
+def damped_hessian(gram: Tensor, rows: int, damping: float) -> Tensor:
+    """`gram` (G, D, D), a sum over `rows` samples, with what `refit` adds to its diagonal."""
+    return damped(gram.double(), damping, 1e-8 * max(rows, 1))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from penjing.tensors.least_squares import cholesky, damped
+from penjing.tensors.least_squares import cholesky
 
 #: Removals after which the inverse Hessians are brought up to date: products of matrices are faster than of vectors.
 _LAZY = 32
@@ -44,11 +44,6 @@ class Traces:
         out[rank[:gone]] = True
         mask = torch.ones(*self.order.shape[:2], columns, dtype=torch.bool)
         return mask.scatter(-1, self.order, ~out.view_as(self.order))
-
-
-def damped_hessian(gram: Tensor, rows: int, damping: float) -> Tensor:
-    """`gram` (G, D, D), a sum over `rows` samples, with what `least_squares.refit` adds to its diagonal."""
-    return damped(gram.double(), damping, 1e-8 * max(rows, 1))
 
 
 @torch.no_grad()
