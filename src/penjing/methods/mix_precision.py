@@ -84,7 +84,8 @@ class MixPrecision(Step):
             )
         if self.criterion != "range" and not self._budgets:
             raise RecipeError(
-                "MixPrecision needs a budget", hint="keep_bits: 4, keep_bytes: 0.15, keep_bops: 0.02; or criterion: range"
+                "MixPrecision needs a budget",
+                hint="keep_bits: 4, keep_bytes: 0.15 or keep_bops: 0.02; or criterion: range",
             )
 
     @property
@@ -142,9 +143,7 @@ class MixPrecision(Step):
             )
         return [found[n] for n in layers]
 
-    def _by_budget(
-        self, ways: Sequence[_Way], layers: Sequence[str], harms: Sequence[Sequence[float]]
-    ) -> list[int]:
+    def _by_budget(self, ways: Sequence[_Way], layers: Sequence[str], harms: Sequence[Sequence[float]]) -> list[int]:
         sizes = {n: ways[0].tensors[n].numel() for n in layers}
         costs: list[tuple[list[list[float]], float]] = []
         if self.keep_bits is not None:
