@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from penjing.analysis.activation_grids import activation_grids, activation_types
-from penjing.analysis.fake_quantize import codes, quantizable, simulate, simulated_value, weight_grid
+from penjing.analysis.fake_quantize import quantizable, simulate, simulated_value, weight_grid
 from penjing.analysis.placement import Placement, place
+from penjing.analysis.weight_grids import limits
 from penjing.network import Network, QuantizeTensor, SetWeights, capture
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid
@@ -56,7 +57,7 @@ def test_what_is_read_back_and_quantized_gives_the_simulated_outputs(network: Ne
     held = made.network.tensors()
     edits: list[SetWeights | QuantizeTensor] = []
     for name, (value, weight) in made.weights(held).items():
-        low, high = codes(dtype)
+        low, high = limits(dtype, True)
         q = grids.quantize(value, weight.grid, torch.int8)
         assert set(q.unique().tolist()) <= set(range(low, high + 1)) - ({0} if dtype == "binary" else set())
         grid = weight.grid
@@ -119,7 +120,7 @@ def test_a_start_of_least_error_is_no_worse_than_any_other_scale() -> None:
         error = (found.rounded(x) - x).square().sum(1)
         for factor in (0.8, 0.9, 0.97, 1.03, 1.1, 1.25):
             other = type(found)(
-                Grid(found.grid.scale * factor, found.grid.zero_point, *codes(dtype), axis=0), found.binary
+                Grid(found.grid.scale * factor, found.grid.zero_point, *limits(dtype, True), axis=0), found.binary
             )
             assert bool(((other.rounded(x) - x).square().sum(1) >= error * 0.97).all())
 

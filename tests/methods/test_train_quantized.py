@@ -155,7 +155,7 @@ def test_a_recipe_reads_it_back() -> None:
     ("fields", "said"),
     [
         ({"weights": "int5"}, "weights must be one of"),
-        ({"granularity": "row"}, "granularity must be channel, tensor or group:N"),
+        ({"granularity": "row"}, "granularity must be 'channel', 'tensor' or 'group:'"),
         ({"lower": ["int2"]}, "lower must go from wide to narrow"),
         ({"lower": ["half"]}, "lower must name types of weights"),
         ({"finetune": "Finetune"}, "finetune must be a Step that trains"),

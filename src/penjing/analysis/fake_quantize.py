@@ -16,28 +16,16 @@ from torch import Tensor, fx, nn
 
 from penjing.analysis.operators import operator_name
 from penjing.analysis.placement import Placement, Quantizer
+from penjing.analysis.weight_grids import limits
 from penjing.network import graph as flat
 from penjing.network.network import Network
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid, Ranges
 from penjing.tensors.learned_grids import learned_range, learned_sign, learned_step, spread, widest_step
 
-#: Types of weights that are narrower than an integer type, with their codes.
-CODES = {"ternary": (-1, 1), "binary": (-1, 1)}
 #: Wider grids cover all values: they have codes to spare, and with few weights a scale a step that learns runs away.
 _LEARNED = 7
 _TRANSPOSITIONS = ("aten::t", "aten::transpose", "aten::permute", "aten::numpy_T")
-
-
-def codes(dtype: str) -> tuple[int, int]:
-    """The smallest and largest code of a symmetric weight: "int4" is -8..7, "int8" -127..127, "ternary" -1..1.
-
-    Wide types leave their lowest integer out, which they can spare; up to four bits it is worth having.
-    """
-    if dtype in CODES:
-        return CODES[dtype]
-    low, high = grids.limits(dtype)
-    return (low, high) if high <= 7 else (low + 1, high)
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ def weight_grid(x: Tensor, dtype: str, *, axis: int | None, group: int = 0, rang
 
     Raises ValueError when `x` is empty or not finite.
     """
-    low, high = codes(dtype)
+    low, high = limits(dtype, symmetric=True)
     ranges = ranges if high <= _LEARNED else "minmax"
     grid = grids.tensor_grid(x, low, high, axis=axis, group=group, ranges=ranges)
     if high > _LEARNED:

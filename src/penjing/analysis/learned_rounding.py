@@ -79,6 +79,7 @@ def learn_rounding(
     activations: Mapping[int, Grid],
     batches: Sequence[Mapping[str, Tensor]],
     *,
+    others: Mapping[str, Tensor] | None = None,
     how: str = "brecq",
     steps: int = 300,
     lr: float = 0.1,
@@ -89,17 +90,18 @@ def learn_rounding(
     """Tunes the rounding of `weights` (and biases, and the steps of `activations`) of a float `network`.
 
     `network` has its batch norms folded; `activations` are the grids of `placement`'s quantizers by number (empty:
-    activations stay float); `batches` are bound inputs. Each part takes `steps` steps of Adam, one batch each, at the
-    rate `lr`; one that is no better than nearest rounding on all batches stays as it was. With `drop`, activations are
-    rounded at random while learning (QDrop). `how` is "adaround" (layer by layer) or "brecq" (block by block). Scales
-    of weights stay as given; binary weights have no neighbours to choose from: they move, their signs taken on the way
-    forward.
+    activations stay float); `others` are weights that stand on their grids already; `batches` are bound inputs. Each
+    part takes `steps` steps of Adam, one batch each, at the rate `lr`; one that is no better than nearest rounding on
+    all batches stays as it was. With `drop`, activations are rounded at random while learning (QDrop). `how` is
+    "adaround" (layer by layer) or "brecq" (block by block). Scales of weights stay as given; binary weights have no
+    neighbours to choose from: they move, their signs taken on the way forward.
     """
     fixed = {name: replace(weight, widest=False) for name, weight in weights.items()}
     made = simulate(network, fixed, placement.quantizers, activations)
     parts = _parts(network, made.network, layers=how == "adaround")
     wanted = Lane(network, batches, hold=_values(parts))
     given = Lane(made.network, batches, hold={n.name for p in parts for n in p.outside})
+    given.tensors.update(others or {})
     result, last = Rounding(), _last_use(parts)
     read = {n.name: place for place, part in enumerate(parts) for n in part.outside}
     with progress.task("learning to round", len(parts)) as advance:
@@ -122,7 +124,9 @@ def learn_rounding(
     result.activations = made.activations(tensors)
     before = network.tensors()
     result.biases = {
-        n: tensors[n].detach() for n, t in before.items() if n not in weights and not torch.equal(t, tensors[n])
+        n: tensors[n].detach()
+        for n, t in before.items()
+        if n not in weights and n not in (others or {}) and not torch.equal(t, tensors[n])
     }
     return result
 

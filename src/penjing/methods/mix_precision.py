@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ class MixPrecision(Step):
             harms = self._harms(ways, layers, context)
             chosen = self._by_budget(ways, layers, harms)
         types = {name: self.weights[i] for name, i in zip(layers, chosen, strict=True)}
-        made = replace(self.quantize, **{"weights": types}).plan(network, context)
+        mixed: dict[str, Any] = {"weights": types}
+        made = replace(self.quantize, **mixed).plan(network, context)
         sizes = [ways[0].tensors[n].numel() for n in layers]
         bits = sum(ways[i].bits(n) * s for n, i, s in zip(layers, chosen, sizes, strict=True)) / sum(sizes)
         counts = ", ".join(f"{chosen.count(i)} {dtype}" for i, dtype in enumerate(self.weights) if i in chosen)
@@ -202,7 +203,7 @@ def _way(network: Network, quantize: Step, dtype: str, context: Context) -> _Way
     plan = replace(quantize, **plain).plan(network, context)
     found = {e.tensor: e for e in plan.edits if isinstance(e, QuantizeTensor)}
     before = [e for e in plan.edits if not isinstance(e, QuantizeTensor | SetWeights)]
-    moved = {e.parameter: cast(Tensor, e.value) for e in plan.edits if isinstance(e, SetWeights)}
+    moved = {e.parameter: e.value for e in plan.edits if isinstance(e, SetWeights)}
     folded = network.apply(before) if before else network
     return _Way(folded, folded.tensors(), {n: _grid(e) for n, e in found.items()}, moved)
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from penjing.analysis.activation_grids import activation_grids
-from penjing.analysis.operators import PRODUCTS, operator_name
+from penjing.analysis.activation_grids import activation_grids, activation_types
+from penjing.analysis.fake_quantize import weight_readers
+from penjing.analysis.footprint import footprint
+from penjing.analysis.grid_edits import activation_edit, dynamic_edits, weight_edit
 from penjing.analysis.passes import fold_batch_norms, fold_pads
-from penjing.analysis.placement import Layer, Placement, Quantizer, place
+from penjing.analysis.placement import Layer, Placement, place
 from penjing.analysis.twin import Twin
 from penjing.analysis.weight_grids import SCALES, WEIGHT_TYPES, Scales, granularity, on_grid, shifts, weight_grid
+from penjing.analysis.weight_rounding import ROUNDINGS, RoundedNetwork, RoundedWeight, Rounding, moved, round_by_outputs
 from penjing.errors import DataError, InputError, RecipeError
-from penjing.network.edits import Edit, QuantizeTensor, SetWeights
+from penjing.network.edits import Edit, SetWeights
 from penjing.network.network import Network
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.recipe.samples import bound_samples
 from penjing.registry import did_you_mean
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid, Ranges
@@ -32,19 +36,34 @@ _ACTIVATIONS = (*_STATIC, "dynamic", None)
 @step
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Step):
-    """Quantizes after training: batch norms folded, weights rounded to nearest, activation ranges from samples.
+    """Quantizes after training: batch norms folded, weights rounded, activation ranges from samples.
 
-    `weights` are "int16", "int8", "int6", "int4", "int3", "int2", "ternary" (-1, 0, 1) or "binary" (-1, 1),
-    `activations` "int16", "int8" or "int4"; "dynamic" finds the inputs' 8-bit grids of linear layers anew in every run,
-    without samples; `activations=None` stores weights as integers and computes in float.
+    `weights` are "int16", "int8", "int6", "int4", "int3", "int2", "ternary" (-1, 0, 1) or "binary" (-1, 1), or types by
+    pattern ({"*": "int4", "head.*": "int8"}: the last that matches; what none matches stays float). `edges` is the type
+    of the first and the last layer's weights and inputs, if it is to be another. `activations` are "int16", "int8" or
+    "int4"; "dynamic" finds the inputs' 8-bit grids of linear layers anew in every run, without samples; None stores
+    weights as integers and computes in float. Activations of 4 bits are those that layers read; what only sums, pools
+    and outputs read has 8.
+
     `granularity`: a weight scale for each output "channel", for each "group:N" of N neighbouring weights of a row, or
     one for the "tensor". No integer kernel multiplies groups: what reads them computes in float. `symmetric` weights
-    have zero point 0; activations are always asymmetric, one grid a tensor. `ranges` chooses what part of the values a
-    grid covers: "minmax" all of it; "mse" what gives the least squared error; "percentile" all but 0.01 %; "entropy"
-    what loses least information (Kullback-Leibler). Weights of less than 8 bits follow it; those of 8 and 16 follow
-    "mse" and otherwise take all of their range, since with a scale a channel clipping only hurts them. Ternary and
-    binary scales are those of least error (see analysis/weight_grids.py). `scales` "power-of-two" rounds each scale up
-    to one, for hardware that shifts. `samples` is how many samples are looked at.
+    have zero point 0; activations are always asymmetric, one grid a tensor.
+
+    `rounding` of weights, beside "nearest", looks at what layers give on samples, in the network quantized so far; no
+    labels, no gradients through the whole network (1000 samples do well):
+
+    - "gptq": layer by layer in closed form, each making up for those before it (Frantar et al. 2023, "GPTQ", on
+      asymmetric targets: see analysis/quantized_reconstruct.py). Fast; also the scales are chosen by the outputs.
+    - "adaround": up or down is learned, layer by layer (Nagel et al. 2020).
+    - "brecq": the same by residual blocks, and the activations' scales too (Li et al. 2021, "BRECQ", with the random
+      rounding of Wei et al. 2022, "QDrop"). The best for activations of few bits; `steps` steps a block.
+
+    `ranges` chooses what part of the values a grid covers: "minmax" all of it; "mse" what gives the least squared
+    error; "percentile" all but 0.01 %; "entropy" what loses least information (Kullback-Leibler); "auto" is "mse" for
+    activations of 4 bits and for what is rounded by outputs, else "minmax". Weights of 8 and 16 bits follow "mse" only
+    and otherwise take all of their range, since with a scale a channel clipping only hurts them. Ternary and binary
+    scales are those of least error (see analysis/weight_grids.py). `scales` "power-of-two" rounds each scale up to one,
+    for hardware that shifts. `samples` is how many samples are looked at (300; 1024 if rounding looks at outputs).
 
     `headroom` makes neighbouring int8 weights small enough for kernels that add their products in 16 bits (x86 without
     VNNI would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves
@@ -55,19 +74,26 @@ class Quantize(Step):
     Refuses with RecipeError what does not exist, with DataError missing samples or samples that give infinite values.
     """
 
-    weights: str = "int8"
+    weights: str | dict[str, str] = "int8"
     activations: str | None = "int8"
     granularity: str = "channel"
     symmetric: bool = True
     rounding: str = "nearest"
-    ranges: str = "minmax"
+    ranges: str = "auto"
     scales: str = "float"
-    samples: int = 300
+    edges: str | None = None
+    samples: int | None = None
+    steps: int = 200
     headroom: bool = True
     correct_bias: bool = True
 
     def __post_init__(self) -> None:
-        self.require_one_of("weights", WEIGHT_TYPES)
+        for dtype in self.weights.values() if isinstance(self.weights, dict) else [self.weights]:
+            if dtype not in WEIGHT_TYPES:
+                raise RecipeError(
+                    f"Quantize.weights must be one of {', '.join(WEIGHT_TYPES)}, got {dtype!r}",
+                    hint=did_you_mean(str(dtype), WEIGHT_TYPES),
+                )
         if self.activations not in _ACTIVATIONS:
             known = tuple(a for a in _ACTIVATIONS if a is not None)
             words = ", ".join(repr(a) for a in _ACTIVATIONS)
@@ -80,18 +106,28 @@ class Quantize(Step):
                 f"Quantize.granularity must be 'channel', 'tensor' or 'group:' and a number, got {self.granularity!r}",
                 hint="for example granularity='group:128'",
             )
-        self.require_one_of("rounding", ("nearest",))
-        self.require_one_of("ranges", grids.RANGES)
+        self.require_one_of("rounding", ROUNDINGS)
+        self.require_one_of("ranges", ("auto", *grids.RANGES))
+        self.require_one_of("edges", (None, *WEIGHT_TYPES))
+        self.require_whole("steps", 1)
         self.require_one_of("scales", SCALES)
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
-            raise RecipeError(f"Quantize.samples must be a whole number of at least 1, got {self.samples!r}")
+        self.require_between("samples", 1, float("inf"))
         for field in ("symmetric", "headroom", "correct_bias"):
             if not isinstance(getattr(self, field), bool):
                 raise RecipeError(f"Quantize.{field} must be true or false, got {getattr(self, field)!r}")
-        if not self.symmetric and self.weights in ("ternary", "binary"):
+        few = {"ternary", "binary"} & {self.edges, *([self.weights] if isinstance(self.weights, str) else [])}
+        if not self.symmetric and few:
+            raise RecipeError(f"{min(few)} weights are symmetric", hint="leave symmetric away, or use weights='int2'")
+        if self.rounding != "nearest" and self.activations == "dynamic":
             raise RecipeError(
-                f"{self.weights} weights are symmetric", hint="leave symmetric away, or use weights='int2'"
+                f"Quantize.rounding={self.rounding!r} looks at activations on their grids; dynamic ones have none yet",
+                hint="activations: int8, or null to store weights only",
             )
+
+    @property
+    def count(self) -> int:
+        """How many samples are looked at."""
+        return self.samples or (300 if self.rounding == "nearest" else 1024)
 
     @property
     def is_static(self) -> bool:
@@ -105,17 +141,16 @@ class Quantize(Step):
                 "Quantize needs samples to find the ranges of the activations",
                 hint="give data (a hundred samples without labels are enough), or use Quantize(activations=None)",
             )
+        if self.rounding != "nearest" and context.data is None:
+            raise DataError(
+                f"Quantize needs samples for rounding={self.rounding!r}",
+                hint="give data (a thousand samples without labels), or use rounding='nearest'",
+            )
 
     def plan(self, network: Network, context: Context) -> Plan:
         """Edits for folding, biases, weights and activations; a reason for every layer, with its SQNR in dB."""
         self.check(context)
         return _Planner(self, network, context).plan()
-
-
-@dataclass(frozen=True)
-class _Weight:
-    grid: Grid
-    rounded: Tensor  # its values on that grid; not always the nearest
 
 
 class _Planner:
@@ -141,55 +176,66 @@ class _Planner:
                 f"Quantize finds nothing to quantize in {self.network.name}",
                 hint=f"where={self.settings.where!r} selects no layer with weights, or they are integers already",
             )
-        weights = self._weights(folded, placement)
-        activations: dict[int, Grid] = {}
+        self.ends = {layer.node for layer in (placement.layers[0], placement.layers[-1])}
+        made = RoundedNetwork(self._weights(folded, placement), {})
         twin: Twin | None = None
-        biases: dict[str, Tensor] = {}
         if self.settings.is_static:
-            activations = self._activations(folded, placement)
-            twin = self._compare(folded, placement, weights, activations)
-            biases = twin.biases
+            made.activations = self._activations(folded, placement)
+        if self.settings.rounding != "nearest":
+            made = self._by_outputs(folded, placement, made)
+        if self.settings.is_static:
+            twin = self._compare(folded, placement, made)
+            made.biases |= twin.biases
         edits: list[Edit] = [*folding, *norms]
-        edits += [SetWeights(parameter=name, value=value) for name, value in biases.items()]
-        edits += _moved(folded.tensors(), weights)
-        edits += [_weight_edit(name, weight.grid, self.settings.weights) for name, weight in weights.items()]
-        edits += [_activation_edit(q, activations[q.grid]) for q in placement.quantizers]
+        edits += [SetWeights(parameter=name, value=value) for name, value in made.biases.items()]
+        edits += [SetWeights(parameter=n, value=v) for n, v in moved(folded.tensors(), made.weights).items()]
+        edits += [weight_edit(name, weight.grid) for name, weight in made.weights.items()]
+        edits += [activation_edit(q, made.activations[q.grid]) for q in placement.quantizers]
         if self.settings.activations == "dynamic":
-            edits += _dynamic_edits(folded.graph_module.graph, placement, weights)
-        reasons = self._reasons(folded, placement, weights, twin)
-        return Plan(
-            step=self.settings, edits=tuple(edits), reasons=reasons, notes=self._notes(norms, placement, biases)
-        )
+            edits += dynamic_edits(folded.graph_module.graph, placement, made.weights)
+        reasons = self._reasons(folded, placement, made.weights, twin)
+        return Plan(step=self.settings, edits=tuple(edits), reasons=reasons, notes=self._notes(norms, placement, made))
 
     # ----------------------------------------------------------------------------------------------------- weights
-    def _weights(self, network: Network, placement: Placement) -> dict[str, _Weight]:
-        """A grid for every parameter that only layers read; a parameter shared by several layers has one."""
+    def _type(self, name: str, layers: Sequence[Layer]) -> str | None:
+        """The type of a weight; None: float."""
+        settings = self.settings
+        if settings.edges is not None and any(layer.node in self.ends for layer in layers):
+            return settings.edges
+        if isinstance(settings.weights, str):
+            return settings.weights
+        return next((t for pattern, t in reversed(settings.weights.items()) if matches(pattern, name)), None)
+
+    def _weights(self, network: Network, placement: Placement) -> dict[str, RoundedWeight]:
+        """Every parameter that only layers read, rounded to nearest; one shared by several layers has one grid."""
         readers: dict[str, list[Layer]] = {}
         for layer in placement.layers:
             if layer.parameter is not None:
                 readers.setdefault(layer.parameter, []).append(layer)
-        shared = _uses(network.graph_module.graph)
+        shared = weight_readers(network.graph_module.graph)
         tensors, found = network.tensors(), {}
         for name, layers in readers.items():
             if not shared[name] <= {layer.node for layer in layers}:
                 other = min(shared[name] - {layer.node for layer in layers})
                 self.left |= {layer.node: f"{name} is also used by {other}" for layer in layers}
                 continue
+            dtype = self._type(name, layers)
+            if dtype is None:
+                self.left |= {layer.node: "no pattern of weights matches it" for layer in layers}
+                continue
             axes = {layer.axis for layer in layers}
             axis = axes.pop() if len(axes) == 1 and self.per_channel else None
-            found[name] = self._weight(name, tensors[name].detach(), axis, layers)
+            found[name] = self._weight(name, tensors[name].detach(), dtype, axis, layers)
         return found
 
-    def _weight(self, name: str, weight: Tensor, axis: int | None, layers: list[Layer]) -> _Weight:
+    def _weight(self, name: str, weight: Tensor, dtype: str, axis: int | None, layers: list[Layer]) -> RoundedWeight:
         settings = self.settings
-        ranges = cast(Ranges, settings.ranges)
-        if settings.weights in ("int8", "int16") and ranges != "mse":
-            ranges = "minmax"
+        ranges = self._ranges(wide=dtype in ("int8", "int16"))
         fixed = settings.scales == "power-of-two"
         try:
             grid = weight_grid(
                 weight,
-                settings.weights,
+                dtype,
                 axis=axis,
                 group=self.group,
                 symmetric=settings.symmetric,
@@ -198,44 +244,75 @@ class _Planner:
             )
         except ValueError as error:
             raise InputError(f"{name} cannot be quantized: {error}", hint="exclude it with where") from error
-        eight = settings.weights == "int8" and not grid.group and settings.activations is not None
+        eight = dtype == "int8" and not grid.group and settings.activations is not None
         if settings.headroom and settings.symmetric and eight:
             channels = {x.axis for x in layers if self._in_integers(x) and not x.depthwise}
             if len(channels) == 1 and (channel := channels.pop()) is not None:
-                return _Weight(*without_saturation(weight, grid, channel, keep_scale=fixed))
+                return RoundedWeight(dtype, *without_saturation(weight, grid, channel, keep_scale=fixed))
             if channels:  # which values are neighbours differs from layer to layer: any two must fit
                 half = LIMIT // 2
                 coarse = replace(grid, scale=grid.scale * (2.0 if fixed else grid.quant_max / half))
-                return _Weight(coarse, grids.fake_quantize(weight, replace(coarse, quant_min=-half, quant_max=half)))
-        return _Weight(grid, on_grid(weight, grid, settings.weights))
+                rounded = grids.fake_quantize(weight, replace(coarse, quant_min=-half, quant_max=half))
+                return RoundedWeight(dtype, coarse, rounded)
+        return RoundedWeight(dtype, grid, on_grid(weight, grid, dtype))
+
+    def _ranges(self, *, wide: bool) -> Ranges:
+        """What part of a weight a grid covers; `wide` ones are clipped only if that is asked for."""
+        asked = self.settings.ranges
+        if asked == "auto":
+            asked = "minmax" if wide or self.settings.rounding == "nearest" else "mse"
+        return cast(Ranges, "minmax" if wide and asked != "mse" else asked)
+
+    def _by_outputs(self, network: Network, placement: Placement, made: RoundedNetwork) -> RoundedNetwork:
+        """Weights rounded anew by what they do to outputs; those of 8 bits keep their headroom."""
+        settings = self.settings
+        batches = bound_samples(network, self.context, footprint(network), settings.count, [], _BATCH)
+        return round_by_outputs(
+            cast(Rounding, settings.rounding),
+            network,
+            made.weights,
+            placement,
+            made.activations,
+            batches,
+            ranges=self._ranges(wide=False),
+            symmetric=settings.symmetric,
+            shifts=settings.scales == "power-of-two",
+            steps=settings.steps,
+            seed=self.context.seed,
+            progress=self.context.progress,
+        )
 
     # ------------------------------------------------------------------------------------------------- activations
     def _activations(self, network: Network, placement: Placement) -> dict[int, Grid]:
         """Runs the samples through the float network and makes a grid of each class of values that share one."""
         settings = self.settings
-        types = {q.grid: cast(str, settings.activations) for q in placement.quantizers}
-        with self.context.progress.task("looking at activations", settings.samples) as advance:
+        dtype, edges = cast(str, settings.activations), settings.edges
+        outer = edges if edges in _STATIC and edges is not None else "int8" if edges else dtype
+        types = activation_types(placement, dtype, edges=outer, ends=self.ends)
+        narrow = settings.ranges == "auto" and grids.limits(dtype)[1] < 127
+        ranges = "mse" if narrow else "minmax" if settings.ranges == "auto" else settings.ranges
+        with self.context.progress.task("looking at activations", settings.count) as advance:
 
             def shown() -> Iterator[Any]:
-                for inputs in self._batches(network, settings.samples):
+                for inputs in self._batches(network, settings.count):
                     yield inputs
                     advance(len(next(iter(network.bind(inputs).values()))))
 
-            ranges, scales = cast(Ranges, settings.ranges), cast(Scales, settings.scales)
-            return activation_grids(network, placement, types, shown(), ranges=ranges, scales=scales)
+            scales = cast(Scales, settings.scales)
+            return activation_grids(network, placement, types, shown(), ranges=cast(Ranges, ranges), scales=scales)
 
-    def _compare(
-        self, network: Network, placement: Placement, weights: dict[str, _Weight], activations: dict[int, Grid]
-    ) -> Twin:
-        """Float and quantized network side by side on a few samples, biases corrected on the way."""
+    def _compare(self, network: Network, placement: Placement, made: RoundedNetwork) -> Twin:
+        """Float and quantized network side by side on a few samples, biases corrected that nothing has fitted."""
         small = all(torch.Size(i.shape[1:]).numel() <= 3 * 64 * 64 for i in network.inputs)
-        count = min(self.settings.samples, 128 if small else 16)
+        count = min(self.settings.count, 128 if small else 16)
         rows = [tuple(network.bind(i).values()) for i in self._batches(network, count)]
         together = rows[0] if not network.batch_is_dynamic else tuple(torch.cat(r) for r in zip(*rows, strict=True))
-        quantizers = [(q.value, q.users, activations[q.grid]) for q in placement.quantizers]
-        correct = {layer.node for layer in placement.layers if layer.integer} if self.settings.correct_bias else set()
-        rounded = {name: weight.rounded for name, weight in weights.items()}
-        twin = Twin(network.graph_module, rounded, quantizers, correct)
+        quantizers = [(q.value, q.users, made.activations[q.grid]) for q in placement.quantizers]
+        layers = {layer.node for layer in placement.layers if layer.integer}
+        fitted = {layer.node for layer in placement.layers if layer.parameter in made.fitted}
+        correct = layers - fitted if self.settings.correct_bias else set()
+        given = {name: weight.values for name, weight in made.weights.items()} | made.biases
+        twin = Twin(network.graph_module, given, quantizers, correct, layers)
         with self.context.progress.task("comparing with the float network", None):
             twin.run(*together)
         return twin
@@ -256,7 +333,7 @@ class _Planner:
 
     # ----------------------------------------------------------------------------------------------------- reasons
     def _reasons(
-        self, network: Network, placement: Placement, weights: Mapping[str, _Weight], twin: Twin | None
+        self, network: Network, placement: Placement, weights: Mapping[str, RoundedWeight], twin: Twin | None
     ) -> tuple[Reason, ...]:
         tensors, reasons = network.tensors(), []
         for layer in placement.layers:
@@ -267,8 +344,8 @@ class _Planner:
             score: float | None = None
             if layer.parameter is not None:
                 weight = weights[layer.parameter]
-                score = grids.sqnr(tensors[layer.parameter].detach(), weight.rounded)
-                choice = f"{self.settings.weights} weights per {_kind(weight.grid)}" + (f", {choice}" if choice else "")
+                score = grids.sqnr(tensors[layer.parameter].detach(), weight.values)
+                choice = f"{weight.dtype} weights per {_kind(weight.grid)}" + (f", {choice}" if choice else "")
                 words.append(f"weights {score:.1f} dB")
                 if self.settings.scales == "power-of-two":
                     words[-1] += f" ({shifts(weight.grid)})"
@@ -288,82 +365,22 @@ class _Planner:
         left = placement.left | self.left
         return (*reasons, *(Reason(layer=n, choice="float32", why=why) for n, why in left.items()))
 
-    def _notes(self, norms: tuple[Edit, ...], placement: Placement, biases: Mapping[str, Tensor]) -> tuple[str, ...]:
+    def _notes(self, norms: tuple[Edit, ...], placement: Placement, made: RoundedNetwork) -> tuple[str, ...]:
         folded = sum(type(e).__name__ == "ReplaceLayer" and not getattr(e, "calls", ()) for e in norms)
         notes = [f"{folded} batch norms folded"] if folded else []
         if placement.quantizers:
             different = len({q.grid for q in placement.quantizers})
             notes.append(f"{len(placement.quantizers)} activations quantized on {different} grids")
-        if biases:
-            notes.append(f"{len(biases)} biases corrected")
+        if made.fitted:
+            notes.append(f"{len(made.fitted)} of {len(made.weights)} weights rounded by {self.settings.rounding}")
+        if made.biases:
+            notes.append(f"{len(made.biases)} biases corrected")
         return tuple(notes)
 
 
 def _batch(network: Network) -> int:
     values = sum(torch.Size(i.shape[1:]).numel() for i in network.inputs)
     return max(4, min(_BATCH, _BATCH_VALUES // max(1, values)))
-
-
-def _moved(tensors: Mapping[str, Tensor], weights: Mapping[str, _Weight]) -> list[Edit]:
-    """Weights that are to stand on other points of their grid than the nearest."""
-    return [
-        SetWeights(parameter=name, value=weight.rounded)
-        for name, weight in weights.items()
-        if not torch.equal(grids.fake_quantize(tensors[name].detach(), weight.grid), weight.rounded)
-    ]
-
-
-def _weight_edit(name: str, grid: Grid, dtype: str) -> QuantizeTensor:
-    return QuantizeTensor(
-        tensor=name,
-        scale=grid.scale,
-        zero_point=grid.zero_point,
-        dtype="int16" if dtype == "int16" else "int8",
-        axis=grid.axis,
-        group=grid.group,
-        quant_min=grid.quant_min,
-        quant_max=grid.quant_max,
-    )
-
-
-def _activation_edit(quantizer: Quantizer, grid: Grid) -> QuantizeTensor:
-    return QuantizeTensor(
-        tensor=quantizer.value,
-        scale=float(grid.scale),
-        zero_point=int(grid.zero_point),
-        dtype="int16" if grid.quant_max > 127 else "int8",
-        quant_min=grid.quant_min,
-        quant_max=grid.quant_max,
-        users=quantizer.users,
-    )
-
-
-def _dynamic_edits(graph: fx.Graph, placement: Placement, weights: Mapping[str, _Weight]) -> list[Edit]:
-    """Grids found in every run for what linear layers with stored weights read."""
-    linear = {x.node for x in placement.layers if x.kind == "linear" and x.parameter in weights}
-    readers: dict[str, list[str]] = {}
-    for node in graph.nodes:
-        if node.name in linear:
-            readers.setdefault(node.args[PRODUCTS[operator_name(node)][0]].name, []).append(node.name)
-    return [
-        QuantizeTensor(tensor=value, scale=1.0, zero_point=0, dtype="uint8", users=tuple(users), dynamic=True)
-        for value, users in readers.items()
-    ]
-
-
-def _uses(graph: fx.Graph) -> dict[str, set[str]]:
-    """The nodes that use each tensor, looked for behind transpositions."""
-    found: dict[str, set[str]] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            waiting = list(node.users)
-            while waiting:
-                user = waiting.pop()
-                if operator_name(user) in ("aten::t", "aten::transpose", "aten::permute", "aten::numpy_T"):
-                    waiting += list(user.users)
-                else:
-                    found.setdefault(str(node.target), set()).add(user.name)
-    return found
 
 
 def _kind(grid: Grid) -> str:

@@ -12,17 +12,19 @@ from torch import Tensor
 
 from penjing.analysis.activation_grids import activation_grids, activation_types
 from penjing.analysis.fake_quantize import Simulated, WeightGrid, quantizable, simulate, weight_grid
+from penjing.analysis.grid_edits import activation_edit, weight_edit
 from penjing.analysis.passes import fold_batch_norms, fold_pads
-from penjing.analysis.placement import Placement, Quantizer, place
+from penjing.analysis.placement import Placement, place
 from penjing.analysis.unfolded import folded_scales, in_front_of_folding, positive_norms
+from penjing.analysis.weight_grids import WEIGHT_TYPES, granularity
 from penjing.data import Data
 from penjing.errors import DataError, InputError, RecipeError
-from penjing.network import Edit, Network, QuantizeTensor, SetWeights
+from penjing.network import Edit, Network, SetWeights
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid
 
-_WEIGHTS = ("int8", "int6", "int4", "int3", "int2", "ternary", "binary")
+_WEIGHTS = tuple(t for t in WEIGHT_TYPES if t != "int16")
 _ACTIVATIONS = ("int16", "int8", "int4", None)
 _BATCH = 32
 
@@ -69,7 +71,12 @@ class TrainQuantized(Step):
         self.require_one_of("activations", _ACTIVATIONS)
         self.require_one_of("edges", _WEIGHTS)
         self.require_whole("samples", 1)
-        _group(self.granularity)
+        if not isinstance(self.granularity, str) or granularity(self.granularity) is None:
+            raise RecipeError(
+                f"TrainQuantized.granularity must be 'channel', 'tensor' or 'group:' and a number, "
+                f"got {self.granularity!r}",
+                hint="for example granularity='group:64'",
+            )
         unknown = [t for t in self.lower if t not in _WEIGHTS]
         if unknown:
             raise RecipeError(
@@ -98,21 +105,10 @@ class TrainQuantized(Step):
         return _Planner(self, network, context).plan()
 
 
-def _group(granularity: str) -> int:
-    """N of "group:N", 0 for the others; raises RecipeError."""
-    if granularity in ("channel", "tensor"):
-        return 0
-    word, _, number = str(granularity).partition(":")
-    if word != "group" or not number.isdigit() or int(number) < 1:
-        raise RecipeError(
-            f"TrainQuantized.granularity must be channel, tensor or group:N, got {granularity!r}", hint="group:64"
-        )
-    return int(number)
-
-
 class _Planner:
     def __init__(self, settings: TrainQuantized, network: Network, context: Context) -> None:
-        self.settings, self.context, self.group = settings, context, _group(settings.granularity)
+        self.settings, self.context = settings, context
+        self.per_channel, self.group = granularity(settings.granularity) or (True, 0)
         self.start: list[Edit] = [*fold_pads(network)]
         self.network = network.apply(self.start) if self.start else network
         self._add(positive_norms(self.network))
@@ -135,8 +131,7 @@ class _Planner:
         layers = [layer for layer in self.placement.layers if layer.parameter in axes]
         self.ends = {layers[0].node, layers[-1].node}
         self.outer = {str(layers[0].parameter), str(layers[-1].parameter)}
-        whole = self.settings.granularity == "tensor"
-        self.axes = {name: None if whole else axis for name, axis in axes.items()}
+        self.axes = {name: axis if self.per_channel else None for name, axis in axes.items()}
 
     def _add(self, edits: tuple[Edit, ...]) -> None:
         if edits:
@@ -229,12 +224,12 @@ class _Planner:
         tensors, reasons = folded.tensors(), []
         for name, (value, weight) in weights.items():
             grid, clipped = folded_scales(value, tensors[name].detach(), weight)
-            edits.append(_weight_edit(name, grid))
+            edits.append(weight_edit(name, grid))
             reasons.append(self._reason(name, value, current.tensors()[name].detach(), grid, clipped))
         if self.placement.quantizers:
             types = self._types()
             found = activation_grids(folded, self.placement, types, self._batches(folded)) | dict(learned)
-            edits += [_activation_edit(q, found[q.grid], types[q.grid]) for q in self.placement.quantizers]
+            edits += [activation_edit(q, found[q.grid]) for q in self.placement.quantizers]
         left = [Reason(layer=n, choice="float32", why=why) for n, why in self.placement.left.items()]
         said = f"first and last layer: {self.settings.edges}"
         return Plan(step=self.settings, edits=tuple(edits), reasons=(*reasons, *left), notes=(*notes, said))
@@ -249,31 +244,6 @@ class _Planner:
             score=score,
             why=why + (f", {clipped} codes clipped by a norm of negative weight" if clipped else ""),
         )
-
-
-def _weight_edit(name: str, grid: Grid) -> QuantizeTensor:
-    grouped: dict[str, Any] = {"group": grid.group} if grid.group else {}
-    return QuantizeTensor(
-        tensor=name,
-        scale=grid.scale,
-        zero_point=grid.zero_point,
-        axis=grid.axis,
-        quant_min=grid.quant_min,
-        quant_max=grid.quant_max,
-        **grouped,
-    )
-
-
-def _activation_edit(quantizer: Quantizer, grid: Grid, dtype: str) -> QuantizeTensor:
-    return QuantizeTensor(
-        tensor=quantizer.value,
-        scale=float(grid.scale),
-        zero_point=int(grid.zero_point),
-        dtype="int16" if dtype == "int16" else "int8",
-        quant_min=grid.quant_min,
-        quant_max=grid.quant_max,
-        users=quantizer.users,
-    )
 
 
 __all__ = ["TrainQuantized"]
