@@ -159,6 +159,7 @@ def test_public_names() -> None:
         "Equalize",
         "Finetune",
         "Gradually",
+        "MixPrecision",
         "Network",
         "PenjingError",
         "Plan",

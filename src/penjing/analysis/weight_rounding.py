@@ -36,13 +36,14 @@ class RoundedWeight:
 
 @dataclass
 class RoundedNetwork:
-    """All `weights` by name, activation grids by number, biases that changed, and the weights that were `fitted` to
-    their layers' outputs (with the relative squared error that is left there)."""
+    """All `weights` by name, activation grids by number, biases that changed, the weights that were `rounded` by their
+    outputs, and those of them whose biases are right already (`fitted`)."""
 
     weights: dict[str, RoundedWeight]
     activations: dict[int, Grid]
     biases: dict[str, Tensor] = field(default_factory=dict)
-    fitted: dict[str, float] = field(default_factory=dict)
+    rounded: frozenset[str] = frozenset()
+    fitted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,8 @@ def round_by_outputs(
         progress=progress,
     )
     made = {n: replace(weights[n], grid=g.grid, values=v) for n, (v, g) in found.weights.items()}
-    ends = [after for _, after in found.errors.values()]
     return RoundedNetwork(
-        {**weights, **made},
-        {**activations, **found.activations},
-        found.biases,
-        dict.fromkeys(made, max(ends, default=0.0)),
+        {**weights, **made}, {**activations, **found.activations}, found.biases, rounded=frozenset(made)
     )
 
 
@@ -129,7 +126,8 @@ def _by_gptq(
         n: replace(weights[n], grid=found.grids[n], values=v.to(weights[n].values.dtype))
         for n, v in found.values.items()
     }
-    return RoundedNetwork({**weights, **made}, dict(activations), found.biases, found.errors)
+    rounded = frozenset(made) - frozenset(found.nearest)
+    return RoundedNetwork({**weights, **made}, dict(activations), found.biases, rounded, frozenset(found.errors))
 
 
 def moved(tensors: Mapping[str, Tensor], weights: Mapping[str, RoundedWeight]) -> dict[str, Tensor]:

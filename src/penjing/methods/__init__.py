@@ -5,6 +5,7 @@ from here.
 from penjing.methods.equalize import Equalize
 from penjing.methods.finetune import Finetune
 from penjing.methods.gradually import Gradually
+from penjing.methods.mix_precision import MixPrecision
 from penjing.methods.prune_channels import PruneChannels
 from penjing.methods.prune_heads import PruneHeads
 from penjing.methods.prune_layers import PruneLayers
@@ -19,6 +20,7 @@ __all__ = [
     "Equalize",
     "Finetune",
     "Gradually",
+    "MixPrecision",
     "Plan",
     "PruneChannels",
     "PruneHeads",

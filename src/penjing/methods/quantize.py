@@ -371,8 +371,8 @@ class _Planner:
         if placement.quantizers:
             different = len({q.grid for q in placement.quantizers})
             notes.append(f"{len(placement.quantizers)} activations quantized on {different} grids")
-        if made.fitted:
-            notes.append(f"{len(made.fitted)} of {len(made.weights)} weights rounded by {self.settings.rounding}")
+        if made.rounded:
+            notes.append(f"{len(made.rounded)} of {len(made.weights)} weights rounded by {self.settings.rounding}")
         if made.biases:
             notes.append(f"{len(made.biases)} biases corrected")
         return tuple(notes)
