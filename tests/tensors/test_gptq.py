@@ -43,7 +43,7 @@ def best(hessian: Tensor, weight: Tensor, grid: Grid) -> Tensor:
     return torch.einsum("gocd,gde,goce->goc", off, hessian, off).amin(-1)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.quant_min}..{r.quant_max}, {r.axis}, {r.group}, {r.ranges}")
 @pytest.mark.parametrize("order", ORDERS)
 def test_between_the_best_rounding_and_the_nearest(rule: GridRule, order: Order) -> None:
     found, least, plain = 0.0, 0.0, 0.0
@@ -99,7 +99,11 @@ def test_ranges_by_error_are_chosen_by_the_outputs() -> None:
     assert bool((grid.scale * 7 < weight[0].abs().amax(1)).all())
 
 
-@pytest.mark.parametrize("rule", [GridRule(-7, 7), GridRule(0, 15, symmetric=False, group=8, ranges="mse")], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [GridRule(-7, 7), GridRule(0, 15, symmetric=False, group=8, ranges="mse")],
+    ids=lambda r: f"{r.quant_min}..{r.quant_max}, {r.axis}, {r.group}, {r.ranges}",
+)
 @pytest.mark.parametrize("order", ORDERS)
 def test_masked_weights_stay_zero(rule: GridRule, order: Order) -> None:
     hessian, weight = problem(1, 6, 20, 100)

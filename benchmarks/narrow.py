@@ -1,0 +1,181 @@
+"""Fewer than 8 bits: accuracy after training, in training, mixed; one row a setting, all by the public surface.
+
+    python benchmarks/narrow.py --data DIR [--only weights …] [--threads 2] [--out FILE.json]
+
+DIR holds hub.py with the pretrained networks and their data. Sections:
+
+weights   ResNet-56 (1024 unlabelled training images) and DS-CNN (every other clip; tested on the others) with weights
+          of 4 to 2 bits and activations of 8
+both      the same with weights and activations of 4 bits
+trained   ResNet-56 with weights of 2 bits and ternary, trained on their grids with distillation; processor minutes
+mixed     ResNet-56: widths by layer beside one width for all at the same bytes
+language  stories260k, weights only, 4 bits in groups of 128 and 64; nats a token over 150 blocks of other texts
+
+Accuracies are of whole test sets. Every row is printed and kept as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset, TensorDataset
+
+import penjing as pj
+from penjing.data import Data
+from penjing.task import get_task
+
+ROOT = Path(__file__).resolve().parents[1]
+EDGES: dict[str, Any] = {"edges": "int8"}
+FINETUNE: dict[str, Any] = {
+    "teacher": "original", "alpha": 1.0, "hints": 100, "augment": "flip-crop", "precision": "bf16", "lr": 0.05,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "narrow.json")
+    chosen = parser.parse_args()
+    sys.path.insert(0, str(chosen.data))
+    torch.set_num_threads(chosen.threads)
+    rows: list[dict[str, Any]] = []
+    for section in chosen.only:
+        for row in SECTIONS[section]():
+            rows.append({"section": section, **row})
+            print(json.dumps(rows[-1]), flush=True)
+            chosen.out.parent.mkdir(parents=True, exist_ok=True)
+            told = {"threads": chosen.threads, "torch": torch.__version__, "rows": rows}
+            chosen.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf8")
+
+
+class Case:
+    """A network with the samples it is shown and those it is tested on."""
+
+    def __init__(self, name: str, shown: Any, tested: Any, task: str = "classification") -> None:
+        import hub
+
+        self.name, self.shown, self.tested, self.task = name, shown, tested, get_task(task)
+        inputs = next(iter(Data(tested).batches(2)))[0]
+        self.network = pj.capture(getattr(hub, name)(), inputs=inputs, name=name)
+
+    def row(self, what: str, *steps: pj.Step, labels: bool = False) -> dict[str, Any]:
+        started, used = time.perf_counter(), time.process_time()
+        task = self.task if labels else None
+        found = pj.compress(self.network, pj.Recipe(*steps), data=self.shown, task=task)
+        row = {"network": self.name, "what": what, "seconds": round(time.perf_counter() - started, 1)}
+        row |= {"processor minutes": round((time.process_time() - used) / 60, 2)}
+        held = sum(found.network.stored_bytes().values())
+        return {**row, "metric": self.metric(found.network), "kB": round(held / 1000, 1)}
+
+    @torch.no_grad()
+    def metric(self, network: pj.Network) -> float:
+        """Accuracy in %, or nats a token."""
+        module = network.module()
+        if self.task.name == "classification":
+            right = [(module(x).argmax(1) == y).float() for x, y in Data(self.tested).batches(200)]
+            return round(100 * torch.cat(right).mean().item(), 2)
+        lost = [torch.nn.functional.cross_entropy(module(x).mT, y).item() for x, y in Data(self.tested).batches(10)]
+        return round(float(np.mean(lost)), 4)
+
+
+def resnet56() -> Case:
+    import hub
+
+    return Case("resnet56", hub.cifar10_train(), hub.cifar10_test())
+
+
+def dscnn() -> Case:
+    import hub
+
+    clips = hub.keywords()
+    return Case("dscnn", Subset(clips, range(0, len(clips), 2)), Subset(clips, range(1, len(clips), 2)))
+
+
+def stories() -> Case:
+    """Shown are blocks of the texts in front of those of `hub.stories`, which are tested on."""
+    import hub
+
+    tokens = hub.Tok512()
+    texts = hub.text("tinystories_sample").split("<|endoftext|>")[:600]
+    ids = [t for text in texts for t in tokens.encode(text.strip())]
+    blocks = torch.tensor(ids[: len(ids) // 513 * 513]).view(-1, 513)[:128]
+    shown = TensorDataset(blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous())
+    return Case("stories260k", shown, Subset(hub.stories(), range(150)), "language-modelling")
+
+
+def weights() -> Iterator[dict[str, Any]]:
+    for case in (resnet56(), dscnn()):
+        yield {"network": case.name, "what": "float", "metric": case.metric(case.network)}
+        for bits in ("int4", "int3", "int2"):
+            for fields in _ways():
+                if bits == "int4" or fields.get("granularity") is None:
+                    yield case.row(_words(bits, fields), pj.Quantize(weights=bits, **fields))
+
+
+def _ways() -> Sequence[dict[str, Any]]:
+    tensor = {"granularity": "tensor"}
+    return (
+        tensor, {}, {"ranges": "mse"}, {"rounding": "gptq"}, {**tensor, "rounding": "gptq"}, {"rounding": "brecq"}
+    )  # fmt: skip
+
+
+def both() -> Iterator[dict[str, Any]]:
+    for case in (resnet56(), dscnn()):
+        for how in ("nearest", "gptq", "adaround", "brecq"):
+            fields = {**EDGES, "activations": "int4", "rounding": how}
+            yield case.row(_words("int4", fields), pj.Quantize(weights="int4", **fields))
+
+
+def trained() -> Iterator[dict[str, Any]]:
+    case = resnet56()
+    for kind, epochs in (("int2", 4), ("ternary", 2)):
+        step = pj.TrainQuantized(weights=kind, finetune=pj.Finetune(epochs=epochs, **FINETUNE))
+        yield case.row(f"{kind} trained, {epochs} epochs", step, labels=True)
+
+
+def mixed() -> Iterator[dict[str, Any]]:
+    case = resnet56()
+    for how in ("nearest", "gptq"):
+        quantize = pj.Quantize(rounding=how)
+        for bits in (4, 3):
+            yield case.row(f"{bits} bits everywhere, {how}", pj.Quantize(weights=f"int{bits}", rounding=how))
+            for criterion in ("expected", "measured"):
+                kinds = ["int8", "int6", "int4", "int3", "int2"]
+                step = pj.MixPrecision(quantize=quantize, weights=kinds, keep_bits=bits, criterion=criterion)
+                yield case.row(f"{bits} bits on average by {criterion} harm, {how}", step)
+
+
+def language() -> Iterator[dict[str, Any]]:
+    case = stories()
+    start = case.metric(case.network)
+    yield {"network": case.name, "what": "float", "metric": start, "perplexity": round(math.exp(start), 3)}
+    for group in (128, 64):
+        for symmetric in (True, False):
+            fields: dict[str, Any] = {"activations": None, "granularity": f"group:{group}", "symmetric": symmetric}
+            awq = pj.Equalize(criterion="awq", granularity=f"group:{group}", symmetric=symmetric, samples=64)
+            for before, how in (((), "nearest"), ((), "gptq"), ((awq,), "nearest"), ((awq,), "gptq")):
+                step = pj.Quantize(weights="int4", rounding=how, samples=128, **fields)
+                row = case.row(_words("int4" + ", awq" * bool(before), {**fields, "rounding": how}), *before, step)
+                yield {**row, "perplexity more": round(math.exp(row["metric"]) - math.exp(start), 3)}
+
+
+def _words(kind: str, fields: dict[str, Any]) -> str:
+    return ", ".join([kind, *(f"{k}={v}" for k, v in fields.items())])
+
+
+SECTIONS = {"weights": weights, "both": both, "trained": trained, "mixed": mixed, "language": language}
+
+
+if __name__ == "__main__":
+    main()
