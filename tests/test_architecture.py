@@ -32,6 +32,7 @@ SHARED = {
         "onnx_nodes",
         "onnx_activations",
         "onnx_weights",
+        "onnx_codebooks",
         "onnx_attention",
     },
 }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Recipe,
         Regularize,
         SearchAmount,
+        ShareWeights,
         Step,
         TrainQuantized,
     )
@@ -51,6 +52,7 @@ _HOMES = {
     "Result": "penjing.compression",
     "SearchAmount": "penjing.methods",
     "Sensitivity": "penjing.evaluation",
+    "ShareWeights": "penjing.methods",
     "Step": "penjing.methods",
     "Target": "penjing.runtimes",
     "Task": "penjing.task",
@@ -83,6 +85,7 @@ __all__ = [
     "Result",
     "SearchAmount",
     "Sensitivity",
+    "ShareWeights",
     "Step",
     "Target",
     "Task",
