@@ -180,7 +180,7 @@ def codes_read(node: fx.Node, sources: tuple[str, ...] = ("get_attr",)) -> fx.No
 
 
 def stored_behind(node: object) -> fx.Node | None:
-    """The `get_attr` node of the tensor that `node` is, looked for through its dequantization (of groups as well) or the
+    """The `get_attr` node of the tensor that `node` is, behind its dequantization (of groups as well) or the
     lookup of its levels; None if it is computed."""
     codes = codes_behind(node)
     if codes is not None:
