@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from penjing.analysis.activation_grids import activation_grids
+from penjing.analysis.level_grids import LEVELS, check_levels, level_grid
 from penjing.analysis.operators import PRODUCTS, operator_name
 from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.placement import Layer, Placement, Quantizer, place
@@ -44,7 +45,9 @@ class Quantize(Step):
     what loses least information (Kullback-Leibler). Weights of less than 8 bits follow it; those of 8 and 16 follow
     "mse" and otherwise take all of their range, since with a scale a channel clipping only hurts them. Ternary and
     binary scales are those of least error (see analysis/weight_grids.py). `scales` "power-of-two" rounds each scale up
-    to one, for hardware that shifts. `samples` is how many samples are looked at.
+    to one, for hardware that shifts. `levels` "power-of-two" and "additive-powers-of-two" space weights of 2 to 8 bits
+    unevenly, with scales of least error; what reads them computes in float. `samples` is how many samples are looked
+    at.
 
     `headroom` makes neighbouring int8 weights small enough for kernels that add their products in 16 bits (x86 without
     VNNI would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves
@@ -62,6 +65,7 @@ class Quantize(Step):
     rounding: str = "nearest"
     ranges: str = "minmax"
     scales: str = "float"
+    levels: str = "uniform"
     samples: int = 300
     headroom: bool = True
     correct_bias: bool = True
@@ -83,6 +87,8 @@ class Quantize(Step):
         self.require_one_of("rounding", ("nearest",))
         self.require_one_of("ranges", grids.RANGES)
         self.require_one_of("scales", SCALES)
+        self.require_one_of("levels", LEVELS)
+        check_levels(self.levels, self.weights, self.granularity, plain=self.scales == "float" and self.symmetric)
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
             raise RecipeError(f"Quantize.samples must be a whole number of at least 1, got {self.samples!r}")
         for field in ("symmetric", "headroom", "correct_bias"):
@@ -116,6 +122,7 @@ class Quantize(Step):
 class _Weight:
     grid: Grid
     rounded: Tensor  # its values on that grid; not always the nearest
+    levels: Tensor | None = None  # what the scales multiply instead of integers
 
 
 class _Planner:
@@ -152,7 +159,7 @@ class _Planner:
         edits: list[Edit] = [*folding, *norms]
         edits += [SetWeights(parameter=name, value=value) for name, value in biases.items()]
         edits += _moved(folded.tensors(), weights)
-        edits += [_weight_edit(name, weight.grid, self.settings.weights) for name, weight in weights.items()]
+        edits += [_weight_edit(name, weight, self.settings.weights) for name, weight in weights.items()]
         edits += [_activation_edit(q, activations[q.grid]) for q in placement.quantizers]
         if self.settings.activations == "dynamic":
             edits += _dynamic_edits(folded.graph_module.graph, placement, weights)
@@ -187,6 +194,8 @@ class _Planner:
             ranges = "minmax"
         fixed = settings.scales == "power-of-two"
         try:
+            if settings.levels != "uniform":
+                return _Weight(*level_grid(weight, settings.levels, settings.weights, axis=axis))
             grid = weight_grid(
                 weight,
                 settings.weights,
@@ -252,7 +261,7 @@ class _Planner:
     def _in_integers(self, layer: Layer) -> bool:
         """Whether both factors of a layer stand on grids."""
         dynamic = layer.kind == "linear" if self.settings.activations == "dynamic" else self.settings.is_static
-        return layer.integer and dynamic
+        return layer.integer and dynamic and self.settings.levels == "uniform"
 
     # ----------------------------------------------------------------------------------------------------- reasons
     def _reasons(
@@ -269,7 +278,9 @@ class _Planner:
                 weight = weights[layer.parameter]
                 score = grids.sqnr(tensors[layer.parameter].detach(), weight.rounded)
                 choice = f"{self.settings.weights} weights per {_kind(weight.grid)}" + (f", {choice}" if choice else "")
-                words.append(f"weights {score:.1f} dB")
+                words.append(
+                    f"weights {score:.1f} dB" + ("" if weight.levels is None else f" on {self.settings.levels}")
+                )
                 if self.settings.scales == "power-of-two":
                     words[-1] += f" ({shifts(weight.grid)})"
                 if weight.grid.group and layer.integer:
@@ -313,7 +324,8 @@ def _moved(tensors: Mapping[str, Tensor], weights: Mapping[str, _Weight]) -> lis
     ]
 
 
-def _weight_edit(name: str, grid: Grid, dtype: str) -> QuantizeTensor:
+def _weight_edit(name: str, weight: _Weight, dtype: str) -> QuantizeTensor:
+    grid = weight.grid
     return QuantizeTensor(
         tensor=name,
         scale=grid.scale,
@@ -323,6 +335,7 @@ def _weight_edit(name: str, grid: Grid, dtype: str) -> QuantizeTensor:
         group=grid.group,
         quant_min=grid.quant_min,
         quant_max=grid.quant_max,
+        levels=weight.levels,
     )
 
 
