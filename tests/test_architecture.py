@@ -174,6 +174,7 @@ def test_public_names() -> None:
         "Result",
         "SearchAmount",
         "Sensitivity",
+        "ShareWeights",
         "Step",
         "Target",
         "Task",

@@ -278,13 +278,13 @@ class _Planner:
                 weight = weights[layer.parameter]
                 score = grids.sqnr(tensors[layer.parameter].detach(), weight.rounded)
                 choice = f"{self.settings.weights} weights per {_kind(weight.grid)}" + (f", {choice}" if choice else "")
-                words.append(
-                    f"weights {score:.1f} dB" + ("" if weight.levels is None else f" on {self.settings.levels}")
-                )
+                words.append(f"weights {score:.1f} dB")
                 if self.settings.scales == "power-of-two":
                     words[-1] += f" ({shifts(weight.grid)})"
                 if weight.grid.group and layer.integer:
                     words.append("groups: computed in float")
+                if weight.levels is not None:
+                    words.append(f"{self.settings.levels} levels: computed in float")
             if twin is not None and layer.integer:
                 words += [
                     f"inputs {twin.sqnr[s]:.1f} dB" for s in placement.sources.get(layer.node, ()) if s in twin.sqnr
