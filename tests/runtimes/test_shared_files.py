@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,28 @@ def test_files_hold_codes_and_compute_the_same(
     assert large <= 40  # biases and scales only
     kinds = {w.kind for w in made.widened}
     assert kinds == (set() if codes == 16 else {f"{codes} levels"})
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_runtimes_look_levels_up_once_at_loading(
+    network: Network, tmp_path: Path, runtime: str, granularity: str
+) -> None:
+    engine, ran = get_runtime(runtime), []
+    for name, net in (("float", network), ("shared", shared(network, codes=16, granularity=granularity))):
+        made = engine.export(net, tmp_path / f"{name}.onnx", samples=X)
+        ran.append(Counter(e.op for e in engine.load(made.path).executed()))
+    assert ran[0] == ran[1]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_activations_on_grids_go_with_shared_weights(network: Network, tmp_path: Path, runtime: str) -> None:
+    """What shares levels is computed in float, what does not in integers."""
+    net = shared(network, codes=16, where="3")
+    quantized = net.apply(pj.Quantize().plan(net, Context(original=net, data=Data(X))).edits)
+    assert set(net.code_bits()) < set(quantized.code_bits())
+    made = get_runtime(runtime).export(quantized, tmp_path / "net.onnx", samples=X)
+    assert codes_in(made.path)["3.weight"].data_type == UINT4
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -1,8 +1,9 @@
 """Weights that share levels in an ONNX model: codes of 4 or 8 bits, a table, and the nodes that look the levels up.
 
-Cast(codes) → Gather(levels, ·) with one table, GatherElements → Reshape with a table a row; Mul by the scales where
-there are some. ONNX Runtime and OpenVINO fold all of it into one float constant at loading: the file is small, and what
-runs is as fast as in float. Whatever the exporter made of the lookups, computed or folded, is put aside.
+Cast(codes) → Gather(levels, ·), with a table a row Cast → Add(where each begins) → Gather → Reshape; Mul by the scales
+where there are some. ONNX Runtime and OpenVINO fold all of it into one float constant at loading (OpenVINO would not
+fold GatherElements): the file is small, and what runs is as fast as in float. Whatever the exporter made of the
+lookups, computed or folded, is put aside.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _real(graph: Any, first: Any, weight: Shared, factor: Array | None) -> tuple
     single = len(weight.levels) == 1
     codes = weight.codes if single else weight.codes.reshape(len(weight.levels), -1)
     kept = keep(graph, weight.name, codes.astype(ml_dtypes.uint4 if narrow else np.uint8))
-    levels = keep(graph, f"{weight.name}_levels", weight.levels[0] if single else weight.levels)
+    levels = keep(graph, f"{weight.name}_levels", weight.levels.reshape(-1))
 
     def then(kind: str, inputs: list[Any], *attributes: Any) -> Any:
         made = ir.Node("", kind, inputs, list(attributes), name=f"{weight.name}.{kind}")
@@ -126,10 +127,11 @@ def _real(graph: Any, first: Any, weight: Shared, factor: Array | None) -> tuple
         return made.outputs[0]
 
     index = then("Cast", [kept], ir.AttrInt64("to", ir.DataType.INT32))
-    if single:
-        real = then("Gather", [levels, index], ir.AttrInt64("axis", 0))
-    else:
-        real = then("GatherElements", [levels, index], ir.AttrInt64("axis", 1))
+    if not single:  # where each row's own table begins
+        begins = np.arange(len(weight.levels), dtype=np.int32)[:, None] * np.int32(weight.levels.shape[1])
+        index = then("Add", [index, keep(graph, f"{weight.name}.begins", begins)])
+    real = then("Gather", [levels, index], ir.AttrInt64("axis", 0))
+    if not single:
         shape = np.array(weight.codes.shape, dtype=np.int64)
         real = then("Reshape", [real, keep(graph, f"{weight.name}.shape", shape)])
     scales = [s for s in (weight.scale, factor) if s is not None]
