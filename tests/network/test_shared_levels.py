@@ -108,6 +108,7 @@ def test_zeros_have_code_zero_and_stay(tied: Network, by_row: bool) -> None:
     shared = share(tied.apply([MaskWeights(parameter="table.weight", mask=mask)]), 5, by_row, zero=True)
     assert bool((values(shared, "table.weight")[~mask] == 0.0).all())
     assert bool((shared.tensors()["table.weight"][~mask] == 0).all())
+    assert "table.weight" not in shared.masks, "its codes say it, and a mask would cost a bit a weight"
     moved = shared.apply([SetWeights(parameter="table.weight_levels", value=torch.ones(11 if by_row else 1, 5))])
     assert bool((values(moved, "table.weight")[~mask] == 0.0).all())
     assert bool((values(moved, "table.weight") == 1.0).any())
@@ -170,6 +171,15 @@ def test_channels_that_share_levels_stay() -> None:
 
 
 LEVELS = torch.tensor([-1.0, 1.0])
+
+
+def test_masked_weights_need_a_level_of_zero(tied: Network) -> None:
+    edit = QuantizeTensor(tensor="up.weight", scale=1.0, zero_point=0, levels=LEVELS)
+    mask = torch.ones(10, 6, 2, dtype=torch.bool)
+    assert tied.apply([MaskWeights(parameter="up.weight", mask=mask), edit]).code_bits() == {"up.weight": 1}
+    mask[0] = False
+    with pytest.raises(EditError, match="hold no zero"):
+        tied.apply([MaskWeights(parameter="up.weight", mask=mask), edit])
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,10 @@ class Finetune(Step):
     `temperature`, with the weight `alpha` (the labels get 1 - alpha). Without a task or without labels only the
     teacher is followed, which needs no labels at all. `hints` weighs a further term: the mean relative squared
     error at the residual sums that both networks have (Romero et al. 2015, "FitNets", without adapters), at most
-    eight of them, in the channels that are still there: those that correlate. Weights that an earlier step masked stay
-    zero. `augment="flip-crop"` varies images. The norms' statistics follow the training samples; with `where`, only
-    tensors it selects change. `precision="bf16"` multiplies in bfloat16: about twice as fast on processors that have
-    it, slower on others.
+    eight of them, in the channels that are still there: those that correlate. Weights that an earlier step masked
+    stay zero; of weights that share levels the levels train. `augment="flip-crop"` varies images. The norms'
+    statistics follow the training samples; with `where`, only tensors it selects change. `precision="bf16"`
+    multiplies in bfloat16: about twice as fast on processors that have it, slower on others.
     """
 
     learns: ClassVar[bool] = True

@@ -69,7 +69,8 @@ class QuantizeTensor:
     With `levels` a parameter is stored as uint8 codes of a table of at most 256 levels instead: real = levels[code] ·
     scale; (K,) one table, or (rows, K) one for each row (dimension 0). The table is a trainable parameter
     `<name>_levels`, of which levels of zero are pinned; if there are scales other than one number 1, they
-    (`<name>_scale`) are trainable and the levels stay. Zero points, types, limits and groups are not looked at.
+    (`<name>_scale`) are trainable and the levels stay. A masked parameter needs a level of zero, whose code then says
+    what its mask said. Zero points, types, limits and groups are not looked at.
     """
 
     tensor: str
@@ -233,7 +234,13 @@ def _share_levels(draft: Draft, held: dict[str, Tensor], reads: list[fx.Node], e
     if not held[edit.tensor].is_floating_point():
         raise EditError(f"{edit.tensor} is stored as integers already")
     levels, scale = torch.as_tensor(edit.levels), torch.as_tensor(edit.scale, dtype=torch.float32)
+    mask = draft.masks.get(edit.tensor)
     free = share_weight(draft.graph, held, reads, edit.tensor, levels=levels, scale=scale, axis=edit.axis)
+    table = held[f"{edit.tensor}_levels"]
+    if mask is not None and bool((table[:, 0] == 0).all()):
+        del draft.masks[edit.tensor]  # code 0 is zero, and codes do not train: they say all that the mask said
+    elif mask is not None and not bool(mask.all()):
+        raise EditError(f"{edit.tensor} is masked, and its levels hold no zero")
     if free is not None:
         draft.masks[f"{edit.tensor}_levels"] = free
 
