@@ -32,6 +32,7 @@ SHARED = {
         "onnx_nodes",
         "onnx_activations",
         "onnx_weights",
+        "onnx_codebooks",
         "onnx_attention",
     },
 }
@@ -174,6 +175,7 @@ def test_public_names() -> None:
         "Result",
         "SearchAmount",
         "Sensitivity",
+        "ShareWeights",
         "Step",
         "Target",
         "Task",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Recipe,
         Regularize,
         SearchAmount,
+        ShareWeights,
         Step,
         TrainQuantized,
     )
@@ -53,6 +54,7 @@ _HOMES = {
     "Result": "penjing.compression",
     "SearchAmount": "penjing.methods",
     "Sensitivity": "penjing.evaluation",
+    "ShareWeights": "penjing.methods",
     "Step": "penjing.methods",
     "Target": "penjing.runtimes",
     "Task": "penjing.task",
@@ -86,6 +88,7 @@ __all__ = [
     "Result",
     "SearchAmount",
     "Sensitivity",
+    "ShareWeights",
     "Step",
     "Target",
     "Task",

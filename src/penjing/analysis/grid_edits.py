@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import fx
+from torch import Tensor, fx
 
 from penjing.analysis.operators import PRODUCTS, operator_name
 from penjing.analysis.placement import Placement, Quantizer
@@ -12,8 +12,8 @@ from penjing.network.edits import Edit, QuantizeTensor
 from penjing.tensors.grids import Grid
 
 
-def weight_edit(name: str, grid: Grid) -> QuantizeTensor:
-    """Stores a weight as the integers of its grid."""
+def weight_edit(name: str, grid: Grid, levels: Tensor | None = None) -> QuantizeTensor:
+    """Stores a weight as the integers of its grid, or as codes of `levels` that its scales multiply."""
     return QuantizeTensor(
         tensor=name,
         scale=grid.scale,
@@ -23,6 +23,7 @@ def weight_edit(name: str, grid: Grid) -> QuantizeTensor:
         group=grid.group,
         quant_min=grid.quant_min,
         quant_max=grid.quant_max,
+        levels=levels,
     )
 
 

@@ -27,11 +27,13 @@ _WIDE = ("int16", "int8")
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A weight's type (one of `weight_grids.WEIGHT_TYPES`), its grid, and its values on it: not always the nearest."""
+    """A weight's type (one of `weight_grids.WEIGHT_TYPES`), its grid, and its values on it: not always the nearest.
+    With `levels`, these and not integers are what the scales multiply."""
 
     dtype: str
     grid: Grid
     values: Tensor
+    levels: Tensor | None = None
 
 
 @dataclass

@@ -44,6 +44,9 @@ def _entries(name: str, network: Network) -> int | None:
     if name in network.masks:
         return int(network.masks[name].sum())
     weight = network.tensors().get(name)
+    book = network.shared_levels().get(name)
+    if weight is not None and book is not None and bool((network.tensors()[book.levels][:, 0] == 0).all()):
+        return int((weight != 0).sum())  # code 0 is zero
     return None if weight is None else weight.numel()
 
 

@@ -13,6 +13,7 @@ from penjing.methods.prune_weights import PruneWeights
 from penjing.methods.quantize import Quantize
 from penjing.methods.regularize import Regularize
 from penjing.methods.search_amount import SearchAmount
+from penjing.methods.share_weights import ShareWeights
 from penjing.methods.train_quantized import TrainQuantized
 from penjing.recipe import Plan, Recipe, Step
 
@@ -30,6 +31,7 @@ __all__ = [
     "Recipe",
     "Regularize",
     "SearchAmount",
+    "ShareWeights",
     "Step",
     "TrainQuantized",
 ]

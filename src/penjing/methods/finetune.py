@@ -40,10 +40,10 @@ class Finetune(Step):
     `temperature`, with the weight `alpha` (the labels get 1 - alpha). Without a task or without labels only the
     teacher is followed, which needs no labels at all. `hints` weighs a further term: the mean relative squared
     error at the residual sums that both networks have (Romero et al. 2015, "FitNets", without adapters), at most
-    eight of them, in the channels that are still there: those that correlate. Weights that an earlier step masked stay
-    zero. `augment="flip-crop"` varies images. The norms' statistics follow the training samples; with `where`, only
-    tensors it selects change. `precision="bf16"` multiplies in bfloat16: about twice as fast on processors that have
-    it, slower on others.
+    eight of them, in the channels that are still there: those that correlate. Weights that an earlier step masked
+    stay zero; of weights that share levels the levels train. `augment="flip-crop"` varies images. The norms'
+    statistics follow the training samples; with `where`, only tensors it selects change. `precision="bf16"`
+    multiplies in bfloat16: about twice as fast on processors that have it, slower on others.
     """
 
     learns: ClassVar[bool] = True
@@ -97,6 +97,7 @@ class Finetune(Step):
         fast = _channels_last(data, student, *([teacher] if teacher else []))
         batches, known_answers = self._batches(data, teacher, context, fast)
         loss = self._loss(network, context, None if known_answers else teacher, sums)
+        learned = set(network.parameter_names)
         trained = train(
             student,
             batches,
@@ -110,7 +111,8 @@ class Finetune(Step):
                 precision=self.precision,
             ),
             steps_per_epoch=_count_batches(data, self.batch_size),
-            keep=network.masks,
+            keep={n: m for n, m in network.masks.items() if n in learned},
+            rates=_rates(network),
             frozen=lambda name: not matches(self.where, name),
             companions=(teacher,) if teacher is not None else (),
             after_step=context.after_step,
@@ -136,7 +138,7 @@ class Finetune(Step):
                 )
 
     def _fits(self, network: Network) -> None:
-        if network.is_quantized:
+        if network.has_integer_grids:
             raise RecipeError(
                 "Finetune cannot train a network that is already quantized", hint="put Finetune before Quantize"
             )
@@ -237,6 +239,17 @@ class Finetune(Step):
             reasons=tuple(reasons),
             notes=(f"{trained.steps} steps; mean loss by tenths: {losses}",),
         )
+
+
+def _rates(network: Network) -> dict[str, float]:
+    """Learning rates of shared levels: a level's gradient is the sum of as many as share it, which grows at least as
+    fast as the root of their number."""
+    tensors = network.tensors()
+    return {
+        name: math.sqrt(tensors[name].numel() / max(1, tensors[book.codes].numel()))
+        for book in network.shared_levels().values()
+        for name in (book.scale or book.levels,)
+    }
 
 
 def _like(told: Tensor, channels: tuple[int, Tensor] | None) -> Tensor:

@@ -13,6 +13,7 @@ from penjing.analysis.activation_grids import activation_grids, activation_types
 from penjing.analysis.fake_quantize import weight_readers
 from penjing.analysis.footprint import footprint
 from penjing.analysis.grid_edits import activation_edit, dynamic_edits, weight_edit
+from penjing.analysis.level_grids import LEVELS, check_levels, level_grid
 from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.placement import Layer, Placement, place
 from penjing.analysis.twin import Twin
@@ -22,13 +23,13 @@ from penjing.errors import DataError, InputError, RecipeError
 from penjing.network.edits import Edit, SetWeights
 from penjing.network.network import Network
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
-from penjing.recipe.samples import bound_samples
+from penjing.recipe.samples import bound_samples, unlabelled
 from penjing.registry import did_you_mean
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid, Ranges
 from penjing.tensors.saturation import LIMIT, without_saturation
 
-_BATCH, _BATCH_VALUES = 32, 2**19  # what fits a processor's caches is faster
+_BATCH = 32
 _STATIC = ("int16", "int8", "int4")
 _ACTIVATIONS = (*_STATIC, "dynamic", None)
 
@@ -63,7 +64,9 @@ class Quantize(Step):
     activations of 4 bits and for what is rounded by outputs, else "minmax". Weights of 8 and 16 bits follow "mse" only
     and otherwise take all of their range, since with a scale a channel clipping only hurts them. Ternary and binary
     scales are those of least error (see analysis/weight_grids.py). `scales` "power-of-two" rounds each scale up to one,
-    for hardware that shifts. `samples` is how many samples are looked at (300; 1024 if rounding looks at outputs).
+    for hardware that shifts. `levels` "power-of-two" and "additive-powers-of-two" space weights of 2 to 8 bits
+    unevenly, with scales of least error; what reads them computes in float. `samples` is how many are looked at (300;
+    1024 if rounding looks at outputs).
 
     `headroom` makes neighbouring int8 weights small enough for kernels that add their products in 16 bits (x86 without
     VNNI would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves
@@ -81,6 +84,7 @@ class Quantize(Step):
     rounding: str = "nearest"
     ranges: str = "auto"
     scales: str = "float"
+    levels: str = "uniform"
     edges: str | None = None
     samples: int | None = None
     steps: int = 200
@@ -88,7 +92,8 @@ class Quantize(Step):
     correct_bias: bool = True
 
     def __post_init__(self) -> None:
-        for dtype in self.weights.values() if isinstance(self.weights, dict) else [self.weights]:
+        kinds = list(self.weights.values()) if isinstance(self.weights, dict) else [self.weights]
+        for dtype in kinds:
             if dtype not in WEIGHT_TYPES:
                 raise RecipeError(
                     f"Quantize.weights must be one of {', '.join(WEIGHT_TYPES)}, got {dtype!r}",
@@ -112,10 +117,18 @@ class Quantize(Step):
         self.require_whole("steps", 1)
         self.require_one_of("scales", SCALES)
         self.require_between("samples", 1, float("inf"))
+        self.require_one_of("levels", LEVELS)
+        for dtype in (*kinds, *([] if self.edges is None else [self.edges])):
+            check_levels(self.levels, dtype, self.granularity, plain=self.scales == "float" and self.symmetric)
+        if self.levels != "uniform" and self.rounding != "nearest":
+            raise RecipeError(
+                f"Quantize.levels {self.levels!r} are rounded to nearest, not by {self.rounding!r}",
+                hint="leave rounding or levels away",
+            )
         for field in ("symmetric", "headroom", "correct_bias"):
             if not isinstance(getattr(self, field), bool):
                 raise RecipeError(f"Quantize.{field} must be true or false, got {getattr(self, field)!r}")
-        few = {"ternary", "binary"} & {self.edges, *([self.weights] if isinstance(self.weights, str) else [])}
+        few = {"ternary", "binary"} & {self.edges, *kinds}
         if not self.symmetric and few:
             raise RecipeError(f"{min(few)} weights are symmetric", hint="leave symmetric away, or use weights='int2'")
         if self.rounding != "nearest" and self.activations == "dynamic":
@@ -189,7 +202,7 @@ class _Planner:
         edits: list[Edit] = [*folding, *norms]
         edits += [SetWeights(parameter=name, value=value) for name, value in made.biases.items()]
         edits += [SetWeights(parameter=n, value=v) for n, v in moved(folded.tensors(), made.weights).items()]
-        edits += [weight_edit(name, weight.grid) for name, weight in made.weights.items()]
+        edits += [weight_edit(name, weight.grid, weight.levels) for name, weight in made.weights.items()]
         edits += [activation_edit(q, made.activations[q.grid]) for q in placement.quantizers]
         if self.settings.activations == "dynamic":
             edits += dynamic_edits(folded.graph_module.graph, placement, made.weights)
@@ -233,6 +246,8 @@ class _Planner:
         ranges = self._ranges(wide=dtype in ("int8", "int16"))
         fixed = settings.scales == "power-of-two"
         try:
+            if settings.levels != "uniform":
+                return RoundedWeight(dtype, *level_grid(weight, settings.levels, dtype, axis=axis))
             grid = weight_grid(
                 weight,
                 dtype,
@@ -294,7 +309,7 @@ class _Planner:
         with self.context.progress.task("looking at activations", settings.count) as advance:
 
             def shown() -> Iterator[Any]:
-                for inputs in self._batches(network, settings.count):
+                for inputs in unlabelled(network, self.context, settings.count):
                     yield inputs
                     advance(len(next(iter(network.bind(inputs).values()))))
 
@@ -305,7 +320,7 @@ class _Planner:
         """Float and quantized network side by side on a few samples, biases corrected that nothing has fitted."""
         small = all(torch.Size(i.shape[1:]).numel() <= 3 * 64 * 64 for i in network.inputs)
         count = min(self.settings.count, 128 if small else 16)
-        rows = [tuple(network.bind(i).values()) for i in self._batches(network, count)]
+        rows = [tuple(network.bind(i).values()) for i in unlabelled(network, self.context, count)]
         together = rows[0] if not network.batch_is_dynamic else tuple(torch.cat(r) for r in zip(*rows, strict=True))
         quantizers = [(q.value, q.users, made.activations[q.grid]) for q in placement.quantizers]
         layers = {layer.node for layer in placement.layers if layer.integer}
@@ -317,19 +332,10 @@ class _Planner:
             twin.run(*together)
         return twin
 
-    def _batches(self, network: Network, limit: int) -> Any:
-        if self.context.data is None:
-            raise DataError("Quantize needs samples")
-        fixed = network.inputs[0].shape[0]
-        size = min(_batch(network), limit) if network.batch_is_dynamic else fixed
-        for inputs, _ in self.context.data.batches(size, limit=max(limit, size)):
-            if network.batch_is_dynamic or len(next(iter(network.bind(inputs).values()))) == fixed:
-                yield inputs
-
     def _in_integers(self, layer: Layer) -> bool:
         """Whether both factors of a layer stand on grids."""
         dynamic = layer.kind == "linear" if self.settings.activations == "dynamic" else self.settings.is_static
-        return layer.integer and dynamic
+        return layer.integer and dynamic and self.settings.levels == "uniform"
 
     # ----------------------------------------------------------------------------------------------------- reasons
     def _reasons(
@@ -351,6 +357,8 @@ class _Planner:
                     words[-1] += f" ({shifts(weight.grid)})"
                 if weight.grid.group and layer.integer:
                     words.append("groups: computed in float")
+                if weight.levels is not None:
+                    words.append(f"{self.settings.levels} levels: computed in float")
             if twin is not None and layer.integer:
                 words += [
                     f"inputs {twin.sqnr[s]:.1f} dB" for s in placement.sources.get(layer.node, ()) if s in twin.sqnr
@@ -376,11 +384,6 @@ class _Planner:
         if made.biases:
             notes.append(f"{len(made.biases)} biases corrected")
         return tuple(notes)
-
-
-def _batch(network: Network) -> int:
-    values = sum(torch.Size(i.shape[1:]).numel() for i in network.inputs)
-    return max(4, min(_BATCH, _BATCH_VALUES // max(1, values)))
 
 
 def _kind(grid: Grid) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,16 +17,15 @@ from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.placement import Placement, place
 from penjing.analysis.unfolded import folded_scales, in_front_of_folding, positive_norms
 from penjing.analysis.weight_grids import WEIGHT_TYPES, granularity
-from penjing.data import Data
 from penjing.errors import DataError, InputError, RecipeError
 from penjing.network import Edit, Network, SetWeights
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.recipe.samples import unlabelled
 from penjing.tensors import grids
 from penjing.tensors.grids import Grid
 
 _WEIGHTS = tuple(t for t in WEIGHT_TYPES if t != "int16")
 _ACTIVATIONS = ("int16", "int8", "int4", None)
-_BATCH = 32
 
 
 @step
@@ -190,7 +189,9 @@ class _Planner:
         narrow = {number for number, dtype in types.items() if grids.limits(dtype)[1] < 127}
         if not narrow:
             return {}
-        found = activation_grids(self._fold(network), self.placement, types, self._batches(network))
+        found = activation_grids(
+            self._fold(network), self.placement, types, unlabelled(network, self.context, self.settings.samples)
+        )
         return {number: grid for number, grid in found.items() if number in narrow}
 
     def _types(self) -> dict[int, str]:
@@ -198,11 +199,6 @@ class _Planner:
             return {}
         edges = self.settings.edges if self.settings.edges.startswith("int") else "int8"
         return activation_types(self.placement, self.settings.activations, edges=edges, ends=self.ends)
-
-    def _batches(self, network: Network) -> Iterator[Any]:
-        size = _BATCH if network.batch_is_dynamic else network.inputs[0].shape[0]
-        for inputs, _ in cast(Data, self.context.data).batches(size, limit=max(size, self.settings.samples)):
-            yield inputs
 
     # ---------------------------------------------------------------------------------------------------------- result
     def _result(
@@ -228,7 +224,9 @@ class _Planner:
             reasons.append(self._reason(name, value, current.tensors()[name].detach(), grid, clipped))
         if self.placement.quantizers:
             types = self._types()
-            found = activation_grids(folded, self.placement, types, self._batches(folded)) | dict(learned)
+            found = activation_grids(
+                folded, self.placement, types, unlabelled(folded, self.context, self.settings.samples)
+            ) | dict(learned)
             edits += [activation_edit(q, found[q.grid]) for q in self.placement.quantizers]
         left = [Reason(layer=n, choice="float32", why=why) for n, why in self.placement.left.items()]
         said = f"first and last layer: {self.settings.edges}"

@@ -18,6 +18,7 @@ from penjing.errors import EditError
 from penjing.network import graph as flat
 from penjing.network.channels.groups import Groups, analyse
 from penjing.network.channels.remove import remove
+from penjing.network.codebooks import share_weight
 from penjing.network.integers import quantize_dynamically, quantize_weight
 
 decomposed = torch.ops.quantized_decomposed
@@ -64,6 +65,12 @@ class QuantizeTensor:
     With `dynamic` a node's scale and zero point are found anew in every run, over all of the tensor (uint8); those
     given are not looked at. `dtype` is what the codes are held in; `quant_min` and `quant_max` say how wide they
     really are.
+
+    With `levels` a parameter is stored as uint8 codes of a table of at most 256 levels instead: real = levels[code] ·
+    scale; (K,) one table, or (rows, K) one for each row (dimension 0). The table is a trainable parameter
+    `<name>_levels`, of which levels of zero are pinned; if there are scales other than one number 1, they
+    (`<name>_scale`) are trainable and the levels stay. A masked parameter needs a level of zero, whose code then says
+    what its mask said. Zero points, types, limits and groups are not looked at.
     """
 
     tensor: str
@@ -76,6 +83,7 @@ class QuantizeTensor:
     users: tuple[str, ...] | None = None
     group: int = 0
     dynamic: bool = False
+    levels: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +199,15 @@ def _quantize_tensors(draft: Draft, edits: Sequence[QuantizeTensor]) -> None:
         dtype = INTEGERS.get(edit.dtype)
         if dtype is None:
             raise EditError(f"there is no integer type called {edit.dtype!r}")
-        if edit.tensor in held and edit.tensor in reads:
+        if edit.tensor in held and edit.tensor in reads and edit.levels is not None:
+            _share_levels(draft, held, reads[edit.tensor], edit)
+        elif edit.tensor in held and edit.tensor in reads:
             _quantize_parameter(draft.graph, held, reads[edit.tensor], edit, dtype)
-        elif edit.tensor in nodes:
+        elif edit.tensor in nodes and edit.levels is None:
             _quantize_activation(draft.graph, nodes[edit.tensor], edit, dtype)
         else:
-            raise EditError(f"the network has neither a parameter nor a node called '{edit.tensor}'")
+            kinds = "neither a parameter nor a node" if edit.levels is None else "no parameter"
+            raise EditError(f"the network has {kinds} called '{edit.tensor}'")
     draft.graph_module = _rebuild(draft.graph, held)
 
 
@@ -217,6 +228,21 @@ def _quantize_parameter(
         axis=edit.axis,
         group=edit.group,
     )
+
+
+def _share_levels(draft: Draft, held: dict[str, Tensor], reads: list[fx.Node], edit: QuantizeTensor) -> None:
+    if not held[edit.tensor].is_floating_point():
+        raise EditError(f"{edit.tensor} is stored as integers already")
+    levels, scale = torch.as_tensor(edit.levels), torch.as_tensor(edit.scale, dtype=torch.float32)
+    mask = draft.masks.get(edit.tensor)
+    free = share_weight(draft.graph, held, reads, edit.tensor, levels=levels, scale=scale, axis=edit.axis)
+    table = held[f"{edit.tensor}_levels"]
+    if mask is not None and bool((table[:, 0] == 0).all()):
+        del draft.masks[edit.tensor]  # code 0 is zero, and codes do not train: they say all that the mask said
+    elif mask is not None and not bool(mask.all()):
+        raise EditError(f"{edit.tensor} is masked, and its levels hold no zero")
+    if free is not None:
+        draft.masks[f"{edit.tensor}_levels"] = free
 
 
 def _quantize_activation(graph: fx.Graph, node: fx.Node, edit: QuantizeTensor, dtype: torch.dtype) -> None:

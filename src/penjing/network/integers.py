@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from penjing.errors import EditError
+from penjing.network.codebooks import codes_behind, packed_bytes
 from penjing.network.graph import DEQUANTIZE
 
 aten = torch.ops.aten
@@ -179,8 +180,11 @@ def codes_read(node: fx.Node, sources: tuple[str, ...] = ("get_attr",)) -> fx.No
 
 
 def stored_behind(node: object) -> fx.Node | None:
-    """The `get_attr` node of the tensor that `node` is, looked for through its dequantization (of groups as well); None
-    if it is computed."""
+    """The `get_attr` node of the tensor that `node` is, behind its dequantization (of groups as well) or the
+    lookup of its levels; None if it is computed."""
+    codes = codes_behind(node)
+    if codes is not None:
+        return codes
     seen = node
     while isinstance(seen, fx.Node) and seen.target in _AROUND:
         seen = seen.args[0]
@@ -218,8 +222,8 @@ def code_kind(codes: Tensor, low: int, high: int) -> str:
 
 
 def stored_bytes(tensors: Mapping[str, Tensor], graph: fx.Graph) -> dict[str, int]:
-    """Bytes of each tensor with codes packed to the width of their grid; zero points take the width of their codes, or
-    nothing where all are 0."""
+    """Bytes of each tensor with codes packed to the width of their grid or table; zero points take the width of their
+    codes, or nothing where all are 0."""
     sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
     for name, (low, high) in grids_held(graph).items():
         bits = code_bits(tensors[name], low, high)
@@ -227,4 +231,4 @@ def stored_bytes(tensors: Mapping[str, Tensor], graph: fx.Graph) -> dict[str, in
         zeros = tensors.get(f"{name}_zero_point")
         if zeros is not None:
             sizes[f"{name}_zero_point"] = -(-zeros.numel() * bits // 8) if bool(zeros.any()) else 0
-    return sizes
+    return sizes | packed_bytes(tensors, graph)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from penjing.errors import DataError, EditError, InputError
+from penjing.network import codebooks, integers, storage
 from penjing.network import edits as edits_module
 from penjing.network import graph as flat
-from penjing.network import integers, storage
 from penjing.network.channels.groups import Groups, analyse
+from penjing.network.codebooks import Codebook
 from penjing.network.structure import leaves, structure_from_json, structure_to_json, substitute
 
 TOPOLOGY_VERSION = 1
@@ -97,7 +98,12 @@ class Network:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether anything is on an integer grid."""
+        """Whether anything is on an integer grid or shares levels."""
+        return self.has_integer_grids or bool(self._codebooks)
+
+    @property
+    def has_integer_grids(self) -> bool:
+        """Whether anything is on an integer grid: such a network cannot be trained. Shared levels can."""
         return any(n.target in flat.DEQUANTIZE for n in self.graph_module.graph.nodes)
 
     def parameter_count(self) -> int:
@@ -106,21 +112,36 @@ class Network:
 
     def is_weight(self, name: str) -> bool:
         """Whether a tensor is a parameter or was one before it was quantized."""
-        return isinstance(self._tensors[name], torch.nn.Parameter) or name in self._integer_weights
+        beside = {n for book in self._codebooks.values() for n in (book.levels, book.scale)}
+        trained = isinstance(self._tensors[name], torch.nn.Parameter) and name not in beside
+        return trained or name in self._integer_weights
 
     @functools.cached_property
     def _integer_weights(self) -> frozenset[str]:
-        return frozenset(integers.grids_held(self.graph_module.graph))
+        return frozenset(integers.grids_held(self.graph_module.graph)) | frozenset(self._codebooks)
+
+    @functools.cached_property
+    def _codebooks(self) -> dict[str, Codebook]:
+        return codebooks.codebooks_held(self.graph_module.graph)
+
+    def shared_levels(self) -> dict[str, Codebook]:
+        """The tables of the weights that share levels, by the weight's name."""
+        return dict(self._codebooks)
 
     def code_bits(self) -> dict[str, int]:
-        """The bits that each code takes of the weights that are stored as integers, by name (ternary: 2, binary: 1)."""
+        """The bits that each code takes of the weights that are stored as codes, by name (ternary: 2, binary: 1)."""
         held = integers.grids_held(self.graph_module.graph)
-        return {name: integers.code_bits(self._tensors[name], *limits) for name, limits in held.items()}
+        bits = {name: integers.code_bits(self._tensors[name], *limits) for name, limits in held.items()}
+        shared = {n: codebooks.level_bits(self._tensors[book.levels]) for n, book in self._codebooks.items()}
+        return bits | shared
 
     def code_kinds(self) -> dict[str, str]:
-        """The type of each weight that is stored as integers: "int8", "int4", "ternary" and so on, by name."""
+        """The type of each weight that is stored as codes, by name: "int8", "int4", "ternary" and so on, "16 levels"
+        for those that share levels."""
         held = integers.grids_held(self.graph_module.graph)
-        return {name: integers.code_kind(self._tensors[name], *limits) for name, limits in held.items()}
+        kinds = {name: integers.code_kind(self._tensors[name], *limits) for name, limits in held.items()}
+        shared = {n: f"{self._tensors[book.levels].shape[-1]} levels" for n, book in self._codebooks.items()}
+        return kinds | shared
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of each tensor, codes packed to the width of their grid: 4 bits take half a byte."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,8 @@ from penjing.tensors.criteria import CRITERIA
 _ENTRIES = 1 << 28
 #: Most entries of one value in a batch.
 _BATCH_ENTRIES = 1 << 24
+#: Most entries of the inputs of a batch that is only looked at.
+_CACHED = 2**19
 _GRADIENT_BATCH = 64
 _GRADIENT_BATCHES = 6
 
@@ -39,6 +42,19 @@ def bound_samples(
     batch = max(1, min(most, _BATCH_ENTRIES // max(size.largest, 1))) if free else first.shape[0]
     drawn = context.data.batches(batch, shuffle=True, seed=context.seed, limit=count)
     return [network.bind(inputs) for inputs, _ in drawn if free or _count(inputs) == batch]
+
+
+def unlabelled(network: Network, context: Context, limit: int) -> Iterator[Any]:
+    """Inputs of the first `limit` samples, in batches small enough for a processor's caches; what does not fill a fixed
+    batch is left out. Raises DataError without data."""
+    if context.data is None:
+        raise DataError("samples are needed and no data was given")
+    fixed = network.inputs[0].shape[0]
+    values = sum(math.prod(i.shape[1:]) for i in network.inputs)
+    size = min(limit, max(4, min(32, _CACHED // max(1, values)))) if network.batch_is_dynamic else fixed
+    for inputs, _ in context.data.batches(size, limit=max(limit, size)):
+        if network.batch_is_dynamic or _count(inputs) == fixed:
+            yield inputs
 
 
 def _count(inputs: Any) -> int:

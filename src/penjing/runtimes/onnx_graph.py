@@ -15,7 +15,7 @@ import torch
 
 from penjing.errors import ExportError, InputError
 from penjing.network import integers
-from penjing.runtimes import onnx_passes
+from penjing.runtimes import onnx_codebooks, onnx_passes
 from penjing.runtimes.base import Widened
 from penjing.runtimes.onnx_activations import translations
 from penjing.runtimes.onnx_passes import Dialect
@@ -37,7 +37,8 @@ def write(network: Network, path: Path, dialect: Dialect) -> tuple[Widened, ...]
 
     plain, traced = _translated(network)
     model = ir.from_proto(onnx.load_model_from_string(plain))
-    widened = onnx_passes.run(model, dialect, _stored(network, traced))
+    looked_up = onnx_codebooks.look_up(model.graph, onnx_codebooks.shared(network, traced))
+    widened = (*looked_up, *onnx_passes.run(model, dialect, _stored(network, traced)))
     _name_dimensions(model, network)
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     return widened

@@ -73,8 +73,10 @@ class Torch(Runtime):
         names = "\n".join((*(i.name for i in network.inputs), "", *network.output_names))
         with trace.quiet():
             torch.export.save(trace.program(network), str(path), extra_files={_NAMES: names})
-        narrow = {n: k for n, k in network.code_kinds().items() if k not in ("int8", "int16")}
-        return tuple(Widened(name, kind, "int8", "a .pt2 holds bytes") for name, kind in narrow.items())
+        kinds, tensors = network.code_kinds(), network.tensors()
+        narrow = [n for n, bits in network.code_bits().items() if bits not in (8, 16)]
+        stored = {n: str(tensors[n].dtype).removeprefix("torch.") for n in narrow}
+        return tuple(Widened(n, kinds[n], stored[n], "a .pt2 holds bytes") for n in narrow)
 
     def _open(self, path: Path, target: Target) -> Session:
         program, names = self._read(path)

@@ -162,6 +162,10 @@ def index(call: Call) -> Any:
         dims, nodes = [int(call.values["dim"]) % len(call.values["self"].shape)], [call.nodes["index"]]
     chosen = [layer for layer in layers if set(varying(layer)) & set(dims)]
     stored = all(n.op == "get_attr" for n in nodes)
+    if kind == "gather" and call.static and getattr(call.nodes["self"], "op", "") == "get_attr":
+        # A table of levels that weights share: its rows belong to codes, which carry no labels.
+        pinned = call.tape.pin(labels, "weights that share levels", call.node.name)
+        return torch.tensor(pinned).expand(call.shape)
     if isinstance(labels, Slots):
         for layer in chosen:
             call.pin(layer, f"{call.name} looks positions up")
