@@ -48,7 +48,8 @@ CHANNELS: dict[str, dict[str, Any]] = {
     "obs, block-wise": OBS,
 }
 FINETUNE: dict[str, Any] = {
-    "teacher": "original", "hints": 100, "augment": "flip-crop", "precision": "bf16", "lr": 0.02, "epochs": 4,
+    "teacher": "original", "alpha": 1.0, "hints": 150, "augment": "flip-crop", "precision": "bf16", "lr": 0.05,
+    "weight_decay": 1e-4, "epochs": 6,
 }  # fmt: skip
 WEIGHTS: list[dict[str, Any]] = [
     {"sparsity": s, "criterion": c} for s in (0.7, 0.9) for c in ("magnitude", "sparsegpt", "obc")
