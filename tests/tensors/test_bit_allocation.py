@@ -35,6 +35,26 @@ def test_no_choice_that_fits_does_less_harm(seed: int, constraints: int) -> None
     assert total(harms, chosen) <= min(total(harms, c) for c in possible) * (1 + 1e-5)
 
 
+def test_harms_of_all_sizes_are_told_apart() -> None:
+    """A budget is used up even where one option's harm is a million times the sum of the best ones."""
+    random = np.random.default_rng(0)
+    base = random.exponential(size=40) * 10.0 ** random.uniform(-9, -3, 40)
+    harms = [[h * 256.0**-i for i in (3, 2, 1, 0)] for h in base]
+    harms[0] = [1e-12, 1e-9, 1e-6, 1e3]
+    costs = [[8.0, 6.0, 4.0, 2.0]] * 40
+    chosen = least_harm(harms, [(costs, 4.0 * 40)])
+    assert chosen is not None
+    spent = sum(row[i] for row, i in zip(costs, chosen, strict=True))
+    assert 158.0 <= spent <= 160.0
+    total = sum(row[i] for row, i in zip(harms, chosen, strict=True))
+    for a, b in itertools.permutations(range(40), 2):  # no exchange of one step between two layers is better
+        if chosen[a] > 0 and chosen[b] < 3:
+            other = (
+                total - harms[a][chosen[a]] - harms[b][chosen[b]] + harms[a][chosen[a] - 1] + harms[b][chosen[b] + 1]
+            )
+            assert other >= total * (1 - 1e-4)
+
+
 def test_what_cannot_fit() -> None:
     assert least_harm([[1.0, 2.0]], [([[5.0, 4.0]], 3.0)]) is None
     assert least_harm([[1.0, 2.0]], [([[5.0, 4.0]], 4.0)]) == [1]

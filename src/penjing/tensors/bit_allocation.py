@@ -8,6 +8,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
+_SCALINGS = 4
+_HOPELESS = 1e4
+
 
 def least_harm(
     harms: Sequence[Sequence[float]], costs: Sequence[tuple[Sequence[Sequence[float]], float]]
@@ -36,15 +39,25 @@ def least_harm(
         csr_array(row[None] / max(1e-300, abs(limit), row.max())) for row, (_, limit) in zip(spent, costs, strict=True)
     ]
     ends = [limit / max(1e-300, abs(limit), row.max()) for row, (_, limit) in zip(spent, costs, strict=True)]
+    constraints = LinearConstraint(
+        vstack([one, *rows]),
+        np.concatenate([np.ones(len(sizes)), np.full(len(rows), -np.inf)]),
+        np.concatenate([np.ones(len(sizes)), ends]),
+    )
+    scale = max(1e-300, float(np.abs(objective).max()))
+    # The solver stops within 1e-6 of the best, and harms differ by more than that factor: one is to be about the least
+    # sum, which fractions of options give nearly; what alone does far more harm than that is not told apart.
+    for _ in range(_SCALINGS):
+        scaled = np.minimum(objective / scale, _HOPELESS)
+        relaxed = milp(scaled, bounds=Bounds(0, 1), constraints=constraints)
+        if relaxed.x is None:
+            return None
+        scale *= max(1e-12, float(relaxed.fun))
     found = milp(
-        objective / max(1e-300, np.abs(objective).max()),
+        np.minimum(objective / scale, _HOPELESS),
         integrality=np.ones(len(objective)),
         bounds=Bounds(0, 1),
-        constraints=LinearConstraint(
-            vstack([one, *rows]),
-            np.concatenate([np.ones(len(sizes)), np.full(len(rows), -np.inf)]),
-            np.concatenate([np.ones(len(sizes)), ends]),
-        ),
+        constraints=constraints,
         options={"mip_rel_gap": 1e-6},
     )
     if found.x is None:
