@@ -169,6 +169,21 @@ def test_mixed_is_better_than_uniform_at_the_same_bits(criterion: str) -> None:
     assert len(set(types(plan).values())) > 1
 
 
+@pytest.mark.parametrize("criterion", ["expected", "measured"])
+def test_fewer_bits_do_more_harm(criterion: str) -> None:
+    """Also where a batch norm scales what is rounded."""
+    torch.manual_seed(0)
+    module = Residual()
+    module(X)
+    module.norm.weight.data.copy_(torch.linspace(0.2, 8.0, 8))
+    plan, _ = planned(mixed(keep_bits=4.0, criterion=criterion), pj.capture(module.eval(), inputs=(X[:2],)))
+    told = [r.why for r in plan.reasons if r.choice == "harm of each type"]
+    assert len(told) == len(LAYERS)
+    for why in told:
+        eight, four, two = (float(part.split()[1]) for part in why.split(", "))
+        assert eight < 0.1 * four < 0.1 * two
+
+
 def test_wider_budgets_do_less_harm() -> None:
     harms = [off(planned(mixed(keep_bits=b))[1]) for b in (2.0, 3.0, 5.0, 8.0)]
     assert harms == sorted(harms, reverse=True)

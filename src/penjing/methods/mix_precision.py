@@ -12,7 +12,7 @@ from torch import Tensor
 from penjing.analysis.footprint import footprint
 from penjing.analysis.rounding_harm import expected_harms, measured_harms
 from penjing.errors import DataError, RecipeError
-from penjing.network import Network, QuantizeTensor, SetWeights
+from penjing.network import Network, QuantizeTensor
 from penjing.recipe import Context, Plan, Reason, Step, step
 from penjing.recipe.samples import bound_samples
 from penjing.tensors import grids
@@ -21,6 +21,8 @@ from penjing.tensors.grids import Grid
 
 _CRITERIA = ("expected", "measured", "range")
 _BATCH = 32
+#: Fields of a Quantize that would move weights off their float values.
+_PLAIN: dict[str, Any] = {"levels": "uniform", "symmetric": True}
 #: Bits of a float factor of a bit operation.
 _FLOAT = 32
 
@@ -105,11 +107,14 @@ class MixPrecision(Step):
         """Chooses types; the Plan is that of `quantize` with them."""
         self.check(context)
         ways = [_way(network, self.quantize, dtype, context) for dtype in self.weights]
+        # Weights of 16 bits that are only looked at stay as they are, but for the folding: the float network.
+        plain = replace(self.quantize, **{f: v for f, v in _PLAIN.items() if hasattr(self.quantize, f)})
+        folded = _way(network, plain, "int16", context).folded
         layers = [n for n in ways[0].grids if all(n in w.grids for w in ways)]
         if self.criterion == "range":
-            chosen, harms = self._by_range(ways, layers), None
+            chosen, harms = self._by_range(ways, folded, layers), None
         else:
-            harms = self._harms(ways, layers, context)
+            harms = self._harms(ways, folded, layers, context)
             chosen = self._by_budget(ways, layers, harms)
         types = {name: self.weights[i] for name, i in zip(layers, chosen, strict=True)}
         mixed: dict[str, Any] = {"weights": types}
@@ -122,18 +127,19 @@ class MixPrecision(Step):
         return Plan(step=self, edits=made.edits, reasons=reasons, notes=notes)
 
     # ------------------------------------------------------------------------------------------------------ choosing
-    def _by_range(self, ways: Sequence[_Way], layers: Sequence[str]) -> list[int]:
+    def _by_range(self, ways: Sequence[_Way], folded: Network, layers: Sequence[str]) -> list[int]:
         widths = [max(w.bits(n) for n in layers) for w in ways]
         narrow, broad = widths.index(min(widths)), widths.index(max(widths))
-        chosen = []
+        tensors, chosen = folded.tensors(), []
         for name in layers:
-            weight = ways[0].tensors[name].detach()
+            weight = tensors[name].detach()
             spread = float(weight.abs().amax() / weight.std(correction=0).clamp(min=1e-12))
             chosen.append(broad if spread > self.wide else narrow)
         return chosen
 
-    def _harms(self, ways: Sequence[_Way], layers: Sequence[str], context: Context) -> list[list[float]]:
-        folded = ways[0].folded
+    def _harms(
+        self, ways: Sequence[_Way], folded: Network, layers: Sequence[str], context: Context
+    ) -> list[list[float]]:
         batches = bound_samples(folded, context, footprint(folded), self.samples, [], _BATCH)
         rounded = {n: [w.rounded(n) for w in ways] for n in layers}
         if self.criterion == "measured":
@@ -173,15 +179,16 @@ class MixPrecision(Step):
 
 @dataclass(frozen=True)
 class _Way:
-    """What a Step makes of all weights with one type: the float network it starts from, its grids and weights."""
+    """What a Step makes of all weights with one type: the network without its grids, and the grids."""
 
     folded: Network
     tensors: Mapping[str, Tensor]
     grids: Mapping[str, Grid]
-    moved: Mapping[str, Tensor]
+    uneven: bool
 
     def rounded(self, name: str) -> Tensor:
-        return grids.fake_quantize(self.moved.get(name, self.tensors[name]).detach(), self.grids[name])
+        value = self.tensors[name].detach()
+        return value if self.uneven else grids.fake_quantize(value, self.grids[name])
 
     def bits(self, name: str) -> float:
         """Bits of a code: the entropy of a code that may be anything, 1.58 for three."""
@@ -202,10 +209,10 @@ def _way(network: Network, quantize: Step, dtype: str, context: Context) -> _Way
     plain |= {f: v for f, v in (("rounding", "nearest"), ("activations", None)) if hasattr(quantize, f)}
     plan = replace(quantize, **plain).plan(network, context)
     found = {e.tensor: e for e in plan.edits if isinstance(e, QuantizeTensor)}
-    before = [e for e in plan.edits if not isinstance(e, QuantizeTensor | SetWeights)]
-    moved = {e.parameter: e.value for e in plan.edits if isinstance(e, SetWeights)}
+    before = [e for e in plan.edits if not isinstance(e, QuantizeTensor)]
     folded = network.apply(before) if before else network
-    return _Way(folded, folded.tensors(), {n: _grid(e) for n, e in found.items()}, moved)
+    uneven = any(e.levels is not None for e in found.values())
+    return _Way(folded, folded.tensors(), {n: _grid(e) for n, e in found.items()}, uneven)
 
 
 def _grid(edit: QuantizeTensor) -> Grid:
