@@ -11,6 +11,7 @@ from penjing.analysis.equalization import awq, equalize_weights, smooth
 from penjing.analysis.footprint import footprint
 from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.reconstruct import find_layers
+from penjing.analysis.weight_grids import granularity
 from penjing.errors import DataError, RecipeError
 from penjing.network import Network, SetWeights
 from penjing.network.edits import Edit
@@ -70,16 +71,14 @@ class Equalize(Step):
             ) from error
         if high - low < 2 or high - low >= 2**16:
             raise RecipeError(f"Equalize.weights must have 2 to 16 bits, got {self.weights!r}")
-        if self.granularity in ("channel", "tensor"):
-            axis = 0 if self.granularity == "channel" else None
-            return GridRule(low, high, axis=axis, symmetric=self.symmetric)  # type: ignore[arg-type]
-        kind, _, number = self.granularity.partition(":")
-        if kind != "group" or not number.isdigit() or int(number) < 1:
+        known = granularity(self.granularity) if isinstance(self.granularity, str) else None
+        if known is None:
             raise RecipeError(
                 f"Equalize.granularity must be 'channel', 'tensor' or 'group:N', got {self.granularity!r}",
                 hint="for example granularity='group:128'",
             )
-        return GridRule(low, high, group=int(number), symmetric=self.symmetric)
+        per_channel, group = known
+        return GridRule(low, high, axis=0 if per_channel else None, group=group, symmetric=self.symmetric)
 
     def check(self, context: Context) -> None:
         """All but "weights" need samples."""
