@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penjing.tensors.grids import grid_rows
+
 #: Steps never fall below this: they are divided by.
 _LEAST = 1e-8
 #: What stands on the last point of a grid, as weights that were quantized before do, is inside in spite of rounding.
@@ -63,17 +65,9 @@ def spread(values: Tensor, x: Tensor, axis: int | None, group: int) -> Tensor:
     return values.view(shape)
 
 
-def grid_rows(x: Tensor, axis: int | None, group: int) -> Tensor:
-    """The values that share a grid, a row for each grid; short groups are filled with zeros."""
-    if group:
-        rows = x.reshape(x.shape[0], -1)
-        return torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).view(-1, group)
-    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
-
-
 def gather(x: Tensor, like: Tensor, axis: int | None, group: int) -> Tensor:
     """The sums of `x` over what shares a grid, in the shape of `like`: what `spread` is the transpose of."""
-    return grid_rows(x, axis, group).sum(1, dtype=torch.float32).view(like.shape)
+    return grid_rows(x, axis, group)[0].sum(1, dtype=torch.float32).view(like.shape)
 
 
 def gradient_scale(x: Tensor, step: Tensor, high: int, batched: bool) -> float:
@@ -178,7 +172,7 @@ def _learned_step(
 
 
 def _widest_step(x: Tensor, axis: int | None, group: int, high: int) -> Tensor:
-    rows = grid_rows(x, axis, group)
+    rows, _ = grid_rows(x, axis, group)
     most = rows.detach().abs().amax(1) / high
     return torch.where(most < _LEAST, torch.ones_like(most), most)
 
