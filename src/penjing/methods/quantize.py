@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from penjing.analysis.activation_grids import activation_grids, activation_types
+from penjing.analysis.dynamic_grids import dynamic_edits, dynamic_layers
 from penjing.analysis.fake_quantize import weight_readers
 from penjing.analysis.footprint import footprint
-from penjing.analysis.grid_edits import activation_edit, dynamic_edits, weight_edit
+from penjing.analysis.grid_edits import activation_edit, weight_edit
 from penjing.analysis.level_grids import LEVELS, check_levels, level_grid
 from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.placement import Layer, Placement, place
@@ -42,8 +43,8 @@ class Quantize(Step):
     `weights` are "int16", "int8", "int6", "int4", "int3", "int2", "ternary" (-1, 0, 1) or "binary" (-1, 1), or types by
     pattern ({"*": "int4", "head.*": "int8"}: the last that matches; what none matches stays float). `edges` is the type
     of the first and the last layer's weights and inputs, if it is to be another. `activations` are "int16", "int8" or
-    "int4"; "dynamic" finds the inputs' 8-bit grids of linear layers anew in every run, without samples; None stores
-    weights as integers and computes in float. Activations of 4 bits are those that layers read; what only sums, pools
+    "int4"; "dynamic" finds the inputs' 8-bit grids of linear layers and LSTMs (and those of LSTMs' hidden states) anew
+    in every run, without samples; None stores weights as integers and computes in float. Activations of 4 bits are those that layers read; what only sums, pools
     and outputs read has 8.
 
     `granularity`: a weight scale for each output "channel", for each "group:N" of N neighbouring weights of a row, or
@@ -190,7 +191,11 @@ class _Planner:
                 hint=f"where={self.settings.where!r} selects no layer with weights, or they are integers already",
             )
         self.ends = {layer.node for layer in (placement.layers[0], placement.layers[-1])}
-        made = RoundedNetwork(self._weights(folded, placement), {})
+        readers = self._readers(folded, placement)
+        self.integer = self._integer(folded, placement, readers)
+        tensors = folded.tensors()
+        weights = {name: self._weight(name, tensors[name].detach(), layers) for name, layers in readers.items()}
+        made = RoundedNetwork(weights, {})
         twin: Twin | None = None
         if self.settings.is_static:
             made.activations = self._activations(folded, placement)
@@ -205,7 +210,7 @@ class _Planner:
         edits += [weight_edit(name, weight.grid, weight.levels) for name, weight in made.weights.items()]
         edits += [activation_edit(q, made.activations[q.grid]) for q in placement.quantizers]
         if self.settings.activations == "dynamic":
-            edits += dynamic_edits(folded.graph_module.graph, placement, made.weights)
+            edits += dynamic_edits(folded.graph_module.graph, self.integer)
         reasons = self._reasons(folded, placement, made.weights, twin)
         return Plan(step=self.settings, edits=tuple(edits), reasons=reasons, notes=self._notes(norms, placement, made))
 
@@ -219,29 +224,40 @@ class _Planner:
             return settings.weights
         return next((t for pattern, t in reversed(settings.weights.items()) if matches(pattern, name)), None)
 
-    def _weights(self, network: Network, placement: Placement) -> dict[str, RoundedWeight]:
-        """Every parameter that only layers read, rounded to nearest; one shared by several layers has one grid."""
+    def _readers(self, network: Network, placement: Placement) -> dict[str, list[Layer]]:
+        """The layers that read each parameter that is to be stored as integers: one that only layers read."""
         readers: dict[str, list[Layer]] = {}
         for layer in placement.layers:
             if layer.parameter is not None:
                 readers.setdefault(layer.parameter, []).append(layer)
         shared = weight_readers(network.graph_module.graph)
-        tensors, found = network.tensors(), {}
-        for name, layers in readers.items():
-            if not shared[name] <= {layer.node for layer in layers}:
-                other = min(shared[name] - {layer.node for layer in layers})
-                self.left |= {layer.node: f"{name} is also used by {other}" for layer in layers}
-                continue
-            dtype = self._type(name, layers)
-            if dtype is None:
-                self.left |= {layer.node: "no pattern of weights matches it" for layer in layers}
-                continue
-            axes = {layer.axis for layer in layers}
-            axis = axes.pop() if len(axes) == 1 and self.per_channel else None
-            found[name] = self._weight(name, tensors[name].detach(), dtype, axis, layers)
-        return found
+        for name, layers in list(readers.items()):
+            others = shared[name] - {layer.node for layer in layers}
+            why = f"{name} is also used by {min(others)}" if others else "no pattern of weights matches it"
+            if others or self._type(name, layers) is None:
+                self.left |= {layer.node: why for layer in layers}
+                del readers[name]
+        return readers
 
-    def _weight(self, name: str, weight: Tensor, dtype: str, axis: int | None, layers: list[Layer]) -> RoundedWeight:
+    def _integer(self, network: Network, placement: Placement, readers: Mapping[str, list[Layer]]) -> Collection[str]:
+        """The layers of which both factors stand on grids, by node."""
+        settings = self.settings
+        if settings.levels != "uniform" or settings.activations is None:
+            return ()
+        if settings.is_static:
+            return {layer.node for layer in placement.layers if layer.integer}
+        # Kernels multiply bytes; that of LSTMs has no zero points for channels.
+        whole = settings.symmetric or not self.per_channel
+        able = {
+            name
+            for name, layers in readers.items()
+            if self._type(name, layers) != "int16" and not self.group and (whole or layers[0].kind != "lstm")
+        }
+        return dynamic_layers(network.graph_module.graph, placement, able)
+
+    def _weight(self, name: str, weight: Tensor, layers: list[Layer]) -> RoundedWeight:
+        dtype, axes = cast(str, self._type(name, layers)), {layer.axis for layer in layers}
+        axis = axes.pop() if len(axes) == 1 and self.per_channel else None
         settings = self.settings
         ranges = self._ranges(wide=dtype in ("int8", "int16"))
         fixed = settings.scales == "power-of-two"
@@ -261,7 +277,7 @@ class _Planner:
             raise InputError(f"{name} cannot be quantized: {error}", hint="exclude it with where") from error
         eight = dtype == "int8" and not grid.group and settings.activations is not None
         if settings.headroom and settings.symmetric and eight:
-            channels = {x.axis for x in layers if self._in_integers(x) and not x.depthwise}
+            channels = {x.axis for x in layers if x.node in self.integer and not x.depthwise}
             if len(channels) == 1 and (channel := channels.pop()) is not None:
                 return RoundedWeight(dtype, *without_saturation(weight, grid, channel, keep_scale=fixed))
             if channels:  # which values are neighbours differs from layer to layer: any two must fit
@@ -332,11 +348,6 @@ class _Planner:
             twin.run(*together)
         return twin
 
-    def _in_integers(self, layer: Layer) -> bool:
-        """Whether both factors of a layer stand on grids."""
-        dynamic = layer.kind == "linear" if self.settings.activations == "dynamic" else self.settings.is_static
-        return layer.integer and dynamic and self.settings.levels == "uniform"
-
     # ----------------------------------------------------------------------------------------------------- reasons
     def _reasons(
         self, network: Network, placement: Placement, weights: Mapping[str, RoundedWeight], twin: Twin | None
@@ -345,7 +356,7 @@ class _Planner:
         for layer in placement.layers:
             if layer.node in self.left:
                 continue
-            integer = self._in_integers(layer)
+            integer = layer.node in self.integer
             words, choice = [], f"{self.settings.activations} inputs" if integer else ""
             score: float | None = None
             if layer.parameter is not None:

@@ -47,7 +47,11 @@ def lstm_by_steps(
 
 
 def _one_way(
-    x: Tensor, state: tuple[Tensor, Tensor], weights: Sequence[Tensor], backwards: bool, read: Callable[[Tensor], Tensor]
+    x: Tensor,
+    state: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    backwards: bool,
+    read: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One layer in one direction: all hidden states in the order of `x`, and the last state."""
     w_ih, w_hh, *biases = weights
