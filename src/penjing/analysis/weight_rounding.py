@@ -35,6 +35,12 @@ class RoundedWeight:
     values: Tensor
     levels: Tensor | None = None
 
+    @property
+    def words(self) -> str:
+        """ "int8 weights per channel"."""
+        kind = f"group of {self.grid.group}" if self.grid.group else "tensor" if self.grid.axis is None else "channel"
+        return f"{self.dtype} weights per {kind}"
+
 
 @dataclass
 class RoundedNetwork:

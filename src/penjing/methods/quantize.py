@@ -43,9 +43,9 @@ class Quantize(Step):
     `weights` are "int16", "int8", "int6", "int4", "int3", "int2", "ternary" (-1, 0, 1) or "binary" (-1, 1), or types by
     pattern ({"*": "int4", "head.*": "int8"}: the last that matches; what none matches stays float). `edges` is the type
     of the first and the last layer's weights and inputs, if it is to be another. `activations` are "int16", "int8" or
-    "int4"; "dynamic" finds the inputs' 8-bit grids of linear layers and LSTMs (and those of LSTMs' hidden states) anew
-    in every run, without samples; None stores weights as integers and computes in float. Activations of 4 bits are those that layers read; what only sums, pools
-    and outputs read has 8.
+    "int4"; "dynamic" finds 8-bit grids for what linear layers and LSTMs read anew in every run, without samples; None
+    stores weights as integers and computes in float. Activations of 4 bits are those that layers read; what only sums,
+    pools and outputs read has 8.
 
     `granularity`: a weight scale for each output "channel", for each "group:N" of N neighbouring weights of a row, or
     one for the "tensor". No integer kernel multiplies groups: what reads them computes in float. `symmetric` weights
@@ -70,10 +70,9 @@ class Quantize(Step):
     1024 if rounding looks at outputs).
 
     `headroom` makes neighbouring int8 weights small enough for kernels that add their products in 16 bits (x86 without
-    VNNI would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves
-    biases so that every layer's mean output comes near that of the float network, layer after layer, as far as the
-    samples agree on it (Nagel et al., "Data-free quantization through weight equalization and bias correction",
-    2019).
+    VNNI would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves biases so that
+    every layer's mean output comes near that of the float network, layer after layer, as far as the samples agree on it
+    (Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019).
 
     Refuses with RecipeError what does not exist, with DataError missing samples or samples that give infinite values.
     """
@@ -235,7 +234,7 @@ class _Planner:
             others = shared[name] - {layer.node for layer in layers}
             why = f"{name} is also used by {min(others)}" if others else "no pattern of weights matches it"
             if others or self._type(name, layers) is None:
-                self.left |= {layer.node: why for layer in layers}
+                self.left |= {x.node if x.integer else f"{x.node} ({name})": why for x in layers}
                 del readers[name]
         return readers
 
@@ -246,14 +245,9 @@ class _Planner:
             return ()
         if settings.is_static:
             return {layer.node for layer in placement.layers if layer.integer}
-        # Kernels multiply bytes; that of LSTMs has no zero points for channels.
-        whole = settings.symmetric or not self.per_channel
-        able = {
-            name
-            for name, layers in readers.items()
-            if self._type(name, layers) != "int16" and not self.group and (whole or layers[0].kind != "lstm")
-        }
-        return dynamic_layers(network.graph_module.graph, placement, able)
+        types = {n: cast(str, self._type(n, layers)) for n, layers in readers.items() if not self.group}
+        plain = settings.symmetric or not self.per_channel
+        return dynamic_layers(network.graph_module.graph, placement, types, plain=plain)
 
     def _weight(self, name: str, weight: Tensor, layers: list[Layer]) -> RoundedWeight:
         dtype, axes = cast(str, self._type(name, layers)), {layer.axis for layer in layers}
@@ -352,17 +346,16 @@ class _Planner:
     def _reasons(
         self, network: Network, placement: Placement, weights: Mapping[str, RoundedWeight], twin: Twin | None
     ) -> tuple[Reason, ...]:
-        tensors, reasons = network.tensors(), []
+        tensors, reasons, inputs = network.tensors(), [], f"{self.settings.activations} inputs"
         for layer in placement.layers:
-            if layer.node in self.left:
+            if layer.parameter is not None and layer.parameter not in weights:
                 continue
-            integer = layer.node in self.integer
-            words, choice = [], f"{self.settings.activations} inputs" if integer else ""
-            score: float | None = None
+            integer, words, score = layer.node in self.integer, [], None
+            choice = inputs if integer else "float32"
             if layer.parameter is not None:
                 weight = weights[layer.parameter]
                 score = grids.sqnr(tensors[layer.parameter].detach(), weight.values)
-                choice = f"{weight.dtype} weights per {_kind(weight.grid)}" + (f", {choice}" if choice else "")
+                choice = f"{weight.words}, {inputs}" if integer else weight.words
                 words.append(f"weights {score:.1f} dB")
                 if self.settings.scales == "power-of-two":
                     words[-1] += f" ({shifts(weight.grid)})"
@@ -371,36 +364,33 @@ class _Planner:
                 if weight.levels is not None:
                     words.append(f"{self.settings.levels} levels: computed in float")
             if twin is not None and layer.integer:
-                words += [
-                    f"inputs {twin.sqnr[s]:.1f} dB" for s in placement.sources.get(layer.node, ()) if s in twin.sqnr
-                ]
+                seen = [twin.sqnr[s] for s in placement.sources.get(layer.node, ()) if s in twin.sqnr]
+                words += [f"inputs {decibels:.1f} dB" for decibels in seen]
                 score = twin.sqnr.get(layer.node, score)
                 words.append(f"output {score:.1f} dB" if score is not None else "")
             elif not integer:
-                words.append(f"{layer.kind}: stored as integers, computed in float")
-            reasons.append(
-                Reason(layer=_title(layer), choice=choice, score=score, why=", ".join(w for w in words if w))
-            )
+                words.append(_in_float(layer, dynamic=self.settings.activations == "dynamic"))
+            why = ", ".join(w for w in words if w)
+            reasons.append(Reason(layer=_title(layer), choice=choice, score=score, why=why))
         left = placement.left | self.left
         return (*reasons, *(Reason(layer=n, choice="float32", why=why) for n, why in left.items()))
 
     def _notes(self, norms: tuple[Edit, ...], placement: Placement, made: RoundedNetwork) -> tuple[str, ...]:
         folded = sum(type(e).__name__ == "ReplaceLayer" and not getattr(e, "calls", ()) for e in norms)
-        notes = [f"{folded} batch norms folded"] if folded else []
-        if placement.quantizers:
-            different = len({q.grid for q in placement.quantizers})
-            notes.append(f"{len(placement.quantizers)} activations quantized on {different} grids")
-        if made.rounded:
-            notes.append(f"{len(made.rounded)} of {len(made.weights)} weights rounded by {self.settings.rounding}")
-        if made.biases:
-            notes.append(f"{len(made.biases)} biases corrected")
-        return tuple(notes)
+        placed, different = len(placement.quantizers), len({q.grid for q in placement.quantizers})
+        found = {
+            f"{folded} batch norms folded": folded,
+            f"{placed} activations quantized on {different} grids": placed,
+            f"{len(made.rounded)} of {len(made.weights)} weights rounded by {self.settings.rounding}": made.rounded,
+            f"{len(made.biases)} biases corrected": made.biases,
+        }
+        return tuple(words for words, there in found.items() if there)
 
 
-def _kind(grid: Grid) -> str:
-    if grid.group:
-        return f"group of {grid.group}"
-    return "channel" if grid.axis is not None else "tensor"
+def _in_float(layer: Layer, *, dynamic: bool) -> str:
+    if layer.parameter is None:
+        return "a product of two activations: computed in float"
+    return f"{layer.kind}: stored as integers, {'inputs stay float, ' if dynamic else ''}computed in float"
 
 
 def _title(layer: Layer) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def marked(traced: torch.export.ExportedProgram) -> frozenset[str]:
 
 
 def _weights(node: fx.Node) -> list[str]:
-    return [weight.name for weight in node.args[2]]  # type: ignore[union-attr]
+    return [weight.name for weight in cast(Any, node.args[2])]
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def _codes(value: Any) -> _Codes | None:
     parts = [p for v in node.inputs if (p := _codes(v)) is not None]
     if len(parts) < len(node.inputs):
         return None
-    arrays = (np.concatenate([getattr(p, name) for p in parts]) for name in ("codes", "scale", "zero"))
-    return _Codes(*arrays, names=tuple(dict.fromkeys(n for p in parts for n in p.names)))
+    codes, scale, zero = (np.concatenate([getattr(p, name) for p in parts]) for name in ("codes", "scale", "zero"))
+    return _Codes(codes, scale, zero, tuple(dict.fromkeys(n for p in parts for n in p.names)))
 
 
 def _grid(factor: _Codes, unsigned: Callable[[Array, bool], bool]) -> _Codes | None:
@@ -145,10 +145,10 @@ def _grid(factor: _Codes, unsigned: Callable[[Array, bool], bool]) -> _Codes | N
         scale, zero = scale[:, 0], zero[:, 0]
     elif zero.any():
         return None
-    dtype = np.int8
     if unsigned(codes.reshape(-1, codes.shape[-1]), False):
-        codes, zero, dtype = codes.astype(np.int16) + 128, zero + 128, np.uint8
-    return _Codes(codes.astype(dtype), scale, zero.astype(dtype), factor.names)
+        shifted = (codes.astype(np.int16) + 128).astype(np.uint8)
+        return _Codes(shifted, scale, (zero + 128).astype(np.uint8), factor.names)
+    return _Codes(codes, scale, zero.astype(np.int8), factor.names)
 
 
 def _floating(graph: Any, value: Any) -> Any:
