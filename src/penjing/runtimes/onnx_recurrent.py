@@ -1,8 +1,9 @@
 """LSTMs whose inputs stand on grids found in every run → DynamicQuantizeLSTM of ONNX Runtime.
 
 The kernel takes floats: it puts all inputs of a layer on one uint8 grid, and in every step the hidden states of the
-samples that it works on at once, multiplies by integer weights and goes on in float. A grid of the inputs is therefore
-left to it. There is no such kernel for GRUs.
+samples that a thread works on, multiplies by integer weights and goes on in float. A grid of the inputs is therefore
+left to it; what comes out depends a little on how many samples run at once, and on how many threads. There is no such
+kernel for GRUs.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def integer_lstms(
             continue
         source = _floating(graph, node.inputs[0])
         factors = [_codes(v) for v in node.inputs[1:3]]
-        grids = [None if f is None else _grid(f, unsigned) for f in factors]
+        # The kernel wants both matrices of one type.
+        shifted = any(f is not None and unsigned(f.codes.reshape(-1, f.codes.shape[-1]), False) for f in factors)
+        grids = [None if f is None else _grid(f, shifted) for f in factors]
         plain = not attribute(node, "layout", 0) and all(v is None for v in node.inputs[7:8])
         if any(g is None for g in grids) or not plain:
             node.replace_input_with(0, source)
@@ -137,17 +140,17 @@ def _codes(value: Any) -> _Codes | None:
     return _Codes(codes, scale, zero, tuple(dict.fromkeys(n for p in parts for n in p.names)))
 
 
-def _grid(factor: _Codes, unsigned: Callable[[Array, bool], bool]) -> _Codes | None:
-    """Codes as the kernel wants them: one scale and zero point for each direction, or scales a row and the zero point 0
-    (uint8: 128); None for zero points that differ from row to row."""
+def _grid(factor: _Codes, shifted: bool) -> _Codes | None:
+    """Codes as the kernel wants them (int8, or `shifted` to uint8): one scale and zero point for each direction, or
+    scales a row and the zero point 0; None for zero points that differ from row to row."""
     codes, scale, zero = factor.codes, factor.scale, factor.zero
     if (scale == scale[:, :1]).all() and (zero == zero[:, :1]).all():
         scale, zero = scale[:, 0], zero[:, 0]
     elif zero.any():
         return None
-    if unsigned(codes.reshape(-1, codes.shape[-1]), False):
-        shifted = (codes.astype(np.int16) + 128).astype(np.uint8)
-        return _Codes(shifted, scale, (zero + 128).astype(np.uint8), factor.names)
+    if shifted:
+        moved = (codes.astype(np.int16) + 128).astype(np.uint8)
+        return _Codes(moved, scale, (zero + 128).astype(np.uint8), factor.names)
     return _Codes(codes, scale, zero.astype(np.int8), factor.names)
 
 
