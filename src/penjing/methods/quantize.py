@@ -15,7 +15,7 @@ from penjing.analysis.fake_quantize import weight_readers
 from penjing.analysis.footprint import footprint
 from penjing.analysis.grid_edits import activation_edit, weight_edit
 from penjing.analysis.level_grids import LEVELS, check_levels, level_grid
-from penjing.analysis.passes import fold_batch_norms, fold_pads
+from penjing.analysis.passes import fold_batch_norms, fold_pads, outputs_first, simplified
 from penjing.analysis.placement import Layer, Placement, place
 from penjing.analysis.twin import Twin
 from penjing.analysis.weight_grids import SCALES, WEIGHT_TYPES, Scales, granularity, on_grid, shifts, weight_grid
@@ -173,10 +173,10 @@ class _Planner:
         self.per_channel, self.group = granularity(settings.granularity) or (True, 0)
 
     def plan(self) -> Plan:
-        folding = fold_pads(self.network)
-        folded = self.network.apply(folding) if folding else self.network
-        norms = fold_batch_norms(folded)
-        folded = folded.apply(norms) if norms else folded
+        # What is rounded by outputs, or cut into groups, has its output channels first.
+        turned = [outputs_first] if self.group or self.settings.rounding != "nearest" else []
+        start, folding = simplified(self.network, fold_pads, *turned)
+        folded, norms = simplified(start, fold_batch_norms)
         placement = place(
             folded.graph_module,
             floating=[i.name for i in folded.inputs if i.dtype.is_floating_point],
