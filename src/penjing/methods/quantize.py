@@ -175,8 +175,8 @@ class _Planner:
     def plan(self) -> Plan:
         # What is rounded by outputs, or cut into groups, has its output channels first.
         turned = [outputs_first] if self.group or self.settings.rounding != "nearest" else []
-        start, folding = simplified(self.network, fold_pads, *turned)
-        folded, norms = simplified(start, fold_batch_norms)
+        folded, folding = simplified(self.network, fold_pads, *turned)
+        folded, norms = simplified(folded, fold_batch_norms)
         placement = place(
             folded.graph_module,
             floating=[i.name for i in folded.inputs if i.dtype.is_floating_point],
@@ -194,10 +194,8 @@ class _Planner:
         self.integer = self._integer(folded, placement, readers)
         tensors = folded.tensors()
         weights = {name: self._weight(name, tensors[name].detach(), layers) for name, layers in readers.items()}
-        made = RoundedNetwork(weights, {})
+        made = RoundedNetwork(weights, self._activations(folded, placement) if self.settings.is_static else {})
         twin: Twin | None = None
-        if self.settings.is_static:
-            made.activations = self._activations(folded, placement)
         if self.settings.rounding != "nearest":
             made = self._by_outputs(folded, placement, made)
         if self.settings.is_static:
@@ -390,7 +388,8 @@ class _Planner:
 def _in_float(layer: Layer, *, dynamic: bool) -> str:
     if layer.parameter is None:
         return "a product of two activations: computed in float"
-    return f"{layer.kind}: stored as integers, {'inputs stay float, ' if dynamic else ''}computed in float"
+    inputs = "stored as integers, inputs stay float" if dynamic and layer.kind != "embedding" else "stored as integers"
+    return f"{layer.kind}: {inputs}, computed in float"
 
 
 def _title(layer: Layer) -> str:
