@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from penjing.analysis.operators import PRODUCTS, operator_name
-from penjing.analysis.placement import Placement
+from penjing.analysis.placement import Layer, Placement
 from penjing.network.edits import Edit, QuantizeTensor
 
 _LSTM = torch.ops.aten.lstm.input
@@ -50,4 +50,12 @@ def dynamic_edits(graph: fx.Graph, nodes: Collection[str]) -> list[Edit]:
     ]
 
 
-__all__ = ["dynamic_edits", "dynamic_layers"]
+def why_float(layer: Layer, *, dynamic: bool) -> str:
+    """Why a layer is not computed in integers, in words; `dynamic`: although grids are found in every run."""
+    if layer.parameter is None:
+        return "a product of two activations: computed in float"
+    inputs = "stored as integers, inputs stay float" if dynamic and layer.kind != "embedding" else "stored as integers"
+    return f"{layer.kind}: {inputs}, computed in float"
+
+
+__all__ = ["dynamic_edits", "dynamic_layers", "why_float"]

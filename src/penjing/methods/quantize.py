@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penjing.analysis.activation_grids import activation_grids, activation_types
-from penjing.analysis.dynamic_grids import dynamic_edits, dynamic_layers
+from penjing.analysis.dynamic_grids import dynamic_edits, dynamic_layers, why_float
 from penjing.analysis.fake_quantize import weight_readers
 from penjing.analysis.footprint import footprint
 from penjing.analysis.grid_edits import activation_edit, weight_edit
@@ -19,7 +19,15 @@ from penjing.analysis.passes import fold_batch_norms, fold_pads, outputs_first, 
 from penjing.analysis.placement import Layer, Placement, place
 from penjing.analysis.twin import Twin
 from penjing.analysis.weight_grids import SCALES, WEIGHT_TYPES, Scales, granularity, on_grid, shifts, weight_grid
-from penjing.analysis.weight_rounding import ROUNDINGS, RoundedNetwork, RoundedWeight, Rounding, moved, round_by_outputs
+from penjing.analysis.weight_rounding import (
+    ROUNDINGS,
+    RoundedNetwork,
+    RoundedWeight,
+    Rounding,
+    moved,
+    own_scales,
+    round_by_outputs,
+)
 from penjing.errors import DataError, InputError, RecipeError
 from penjing.network.edits import Edit, SetWeights
 from penjing.network.network import Network
@@ -72,7 +80,9 @@ class Quantize(Step):
     `headroom` makes neighbouring int8 weights small enough for kernels that add their products in 16 bits (x86 without
     VNNI would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves biases so that
     every layer's mean output comes near that of the float network, layer after layer, as far as the samples agree on it
-    (Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019).
+    (Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019), `correct_scale` the
+    scales of channels so that outputs spread as there: what re-estimating batch norms does, which are folded here. Both
+    need static activations, and leave alone what "gptq" has fitted.
 
     Refuses with RecipeError what does not exist, with DataError missing samples or samples that give infinite values.
     """
@@ -90,6 +100,7 @@ class Quantize(Step):
     steps: int = 200
     headroom: bool = True
     correct_bias: bool = True
+    correct_scale: bool = True
 
     def __post_init__(self) -> None:
         kinds = list(self.weights.values()) if isinstance(self.weights, dict) else [self.weights]
@@ -99,13 +110,7 @@ class Quantize(Step):
                     f"Quantize.weights must be one of {', '.join(WEIGHT_TYPES)}, got {dtype!r}",
                     hint=did_you_mean(str(dtype), WEIGHT_TYPES),
                 )
-        if self.activations not in _ACTIVATIONS:
-            known = tuple(a for a in _ACTIVATIONS if a is not None)
-            words = ", ".join(repr(a) for a in _ACTIVATIONS)
-            raise RecipeError(
-                f"Quantize.activations must be one of {words}, got {self.activations!r}",
-                hint=did_you_mean(str(self.activations), known),
-            )
+        self.require_one_of("activations", _ACTIVATIONS)
         if not isinstance(self.granularity, str) or granularity(self.granularity) is None:
             raise RecipeError(
                 f"Quantize.granularity must be 'channel', 'tensor' or 'group:' and a number, got {self.granularity!r}",
@@ -125,7 +130,7 @@ class Quantize(Step):
                 f"Quantize.levels {self.levels!r} are rounded to nearest, not by {self.rounding!r}",
                 hint="leave rounding or levels away",
             )
-        for field in ("symmetric", "headroom", "correct_bias"):
+        for field in ("symmetric", "headroom", "correct_bias", "correct_scale"):
             if not isinstance(getattr(self, field), bool):
                 raise RecipeError(f"Quantize.{field} must be true or false, got {getattr(self, field)!r}")
         few = {"ternary", "binary"} & {self.edges, *kinds}
@@ -201,13 +206,13 @@ class _Planner:
         if self.settings.is_static:
             twin = self._compare(folded, placement, made)
             made.biases |= twin.biases
+            made.weights |= {name: made.weights[name].times(gain) for name, gain in twin.gains.items()}
         edits: list[Edit] = [*folding, *norms]
         edits += [SetWeights(parameter=name, value=value) for name, value in made.biases.items()]
         edits += [SetWeights(parameter=n, value=v) for n, v in moved(folded.tensors(), made.weights).items()]
         edits += [weight_edit(name, weight.grid, weight.levels) for name, weight in made.weights.items()]
         edits += [activation_edit(q, made.activations[q.grid]) for q in placement.quantizers]
-        if self.settings.activations == "dynamic":
-            edits += dynamic_edits(folded.graph_module.graph, self.integer)
+        edits += dynamic_edits(folded.graph_module.graph, () if self.settings.is_static else self.integer)
         reasons = self._reasons(folded, placement, made.weights, twin)
         return Plan(step=self.settings, edits=tuple(edits), reasons=reasons, notes=self._notes(norms, placement, made))
 
@@ -239,10 +244,11 @@ class _Planner:
     def _integer(self, network: Network, placement: Placement, readers: Mapping[str, list[Layer]]) -> Collection[str]:
         """The layers of which both factors stand on grids, by node."""
         settings = self.settings
-        if settings.levels != "uniform" or settings.activations is None:
-            return ()
+        uniform = settings.levels == "uniform"
         if settings.is_static:
-            return {layer.node for layer in placement.layers if layer.integer}
+            return {x.node for x in placement.layers if x.integer and (uniform or x.parameter is None)}
+        if settings.activations is None or not uniform:
+            return ()
         types = {n: cast(str, self._type(n, layers)) for n, layers in readers.items() if not self.group}
         plain = settings.symmetric or not self.per_channel
         return dynamic_layers(network.graph_module.graph, placement, types, plain=plain)
@@ -334,8 +340,10 @@ class _Planner:
         layers = {layer.node for layer in placement.layers if layer.integer}
         fitted = {layer.node for layer in placement.layers if layer.parameter in made.fitted}
         correct = layers - fitted if self.settings.correct_bias else set()
+        free = self.settings.correct_scale and self.settings.scales == "float"
+        rescale = own_scales(placement, made) if free else {}
         given = {name: weight.values for name, weight in made.weights.items()} | made.biases
-        twin = Twin(network.graph_module, given, quantizers, correct, layers)
+        twin = Twin(network.graph_module, given, quantizers, correct, layers, rescale)
         with self.context.progress.task("comparing with the float network", None):
             twin.run(*together)
         return twin
@@ -353,7 +361,7 @@ class _Planner:
             if layer.parameter is not None:
                 weight = weights[layer.parameter]
                 score = grids.sqnr(tensors[layer.parameter].detach(), weight.values)
-                choice = f"{weight.words}, {inputs}" if integer else weight.words
+                choice = f"{weight.dtype} weights per {weight.grid.granularity}" + (f", {inputs}" if integer else "")
                 words.append(f"weights {score:.1f} dB")
                 if self.settings.scales == "power-of-two":
                     words[-1] += f" ({shifts(weight.grid)})"
@@ -367,7 +375,7 @@ class _Planner:
                 score = twin.sqnr.get(layer.node, score)
                 words.append(f"output {score:.1f} dB" if score is not None else "")
             elif not integer:
-                words.append(_in_float(layer, dynamic=self.settings.activations == "dynamic"))
+                words.append(why_float(layer, dynamic=self.settings.activations == "dynamic"))
             why = ", ".join(w for w in words if w)
             reasons.append(Reason(layer=_title(layer), choice=choice, score=score, why=why))
         left = placement.left | self.left
@@ -383,13 +391,6 @@ class _Planner:
             f"{len(made.biases)} biases corrected": made.biases,
         }
         return tuple(words for words, there in found.items() if there)
-
-
-def _in_float(layer: Layer, *, dynamic: bool) -> str:
-    if layer.parameter is None:
-        return "a product of two activations: computed in float"
-    inputs = "stored as integers, inputs stay float" if dynamic and layer.kind != "embedding" else "stored as integers"
-    return f"{layer.kind}: {inputs}, computed in float"
 
 
 def _title(layer: Layer) -> str:
