@@ -301,6 +301,7 @@ class _Mixer:
         types, quantize = self.settings.weights, self.settings.quantize
         wholes = [self._applied(self._planned(nearest(quantize), self.widths.everywhere(t))) for t in types]
         return latency_by_way(
+            self.network,
             self.widths.folded,
             self.widths.layers,
             wholes,

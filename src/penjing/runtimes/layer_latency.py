@@ -78,21 +78,22 @@ class WayLatency:
 
 def latency_by_way(
     network: Network,
+    folded: Network,
     weights: Collection[str],
     wholes: Sequence[Network],
     alone: Sequence[Callable[[Network], Network]],
     target: Target,
     progress: Progress = SILENT,
 ) -> WayLatency:
-    """What the layers of `network` (batch norms folded) that read `weights` take in several ways, such as quantized.
+    """What the layers of `network` that read `weights` take in several ways, such as quantized.
 
-    `wholes` are whole networks, all layers in one way each; `alone` makes of one layer by itself what it is in that
+    `folded` is the network with its batch norms folded, as its layers are found. `wholes` are whole networks, all layers in one way each; `alone` makes of one layer by itself what it is in that
     way. A layer alone also pays for what its neighbours would share with it (quantizing its inputs), so each way's
     layers are scaled to what their whole network takes: networks of one way are right, those in between are led by the
     table. Layers that cannot stand alone (grouped, transposed, recurrent) take no time in it. Raises MissingExtraError,
     TargetError.
     """
-    layers = [layer for layer in _layers(network) if layer.weight in weights]
+    layers = [layer for layer in _layers(folded) if layer.weight in weights]
     kinds = {layer.kind: layer for layer in layers}
     rows: dict[str, list[float]] = {}
     with _Bench(target) as bench, progress.task(f"timing layers on {target}", len(kinds) + 1) as advance:
@@ -103,7 +104,7 @@ def latency_by_way(
         nothing = bench.opened(capture(_Nothing(), inputs=(torch.randn(2, 4),), name="nothing"))
         for kind, layer in kinds.items():
             single = layer.at(*layer.sizes)
-            rows[kind] = bench.alone([single, *(make(single) for make in alone)], nothing)
+            rows[kind] = bench.alone([single, *(way(single) for way in alone)], nothing)
             advance(1)
     plain, *ways = ([rows[layer.kind][i] for layer in layers] for i in range(len(alone) + 1))
     constant = max(0.0, whole - sum(plain))
@@ -230,6 +231,6 @@ class _Bench:
 
     def alone(self, networks: Sequence[Network], nothing: Callable[[], object]) -> list[float]:
         """Milliseconds of each network, less those of running nothing."""
-        runs = {str(i): self.opened(n) for i, n in enumerate(networks)}
-        taken = interleave({"nothing": nothing, **runs}, settings=_LAYER)
-        return [max(taken[name].p50 - taken["nothing"].p50, 1e-6) for name in runs]
+        different = {id(n): self.opened(n) for n in {id(n): n for n in networks}.values()}
+        taken = interleave({"nothing": nothing, **{str(i): run for i, run in different.items()}}, settings=_LAYER)
+        return [max(taken[str(id(n))].p50 - taken["nothing"].p50, 1e-6) for n in networks]
