@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import penjing as pj
-from penjing.analysis.rounding_harm import expected_harms, harms_of, measured_changes, output_harm
+from penjing.analysis.rounding_harm import expected_harms, harms_of, measured_changes, output_harm, together
 from penjing.network import SetWeights
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -51,6 +51,38 @@ def test_measured_harms_are_those_of_the_whole_network(network: pj.Network) -> N
             wanted = float((other(X) - plain).square().sum() / plain.square().sum())
             assert harm == pytest.approx(wanted, rel=1e-4)
             assert output_harm(network, other, batches) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_harms_of_all_together(network: pj.Network) -> None:
+    """Rows and columns of a choice sum up to what the whole network does with all of it, for small changes."""
+    rounded = ways(network, (1e-3, 2e-3))
+    batches = [network.bind(part) for part in X.split(16)]
+    gram = together(measured_changes(network, rounded, batches), rounded)
+    choice = (0, 1, 0)
+    edits = [
+        SetWeights(parameter=n, value=v)
+        for several, i in zip(rounded.values(), choice, strict=True)
+        for n, v in several[i].items()
+    ]
+    at = [2 * layer + i for layer, i in enumerate(choice)]
+    assert float(gram[at][:, at].sum()) == pytest.approx(output_harm(network, network.apply(edits), batches), rel=0.02)
+    assert float(gram[at, at].sum()) != pytest.approx(float(gram[at][:, at].sum()), rel=0.02)
+
+
+def test_many_outputs_are_sketched() -> None:
+    """Sums of squares stay what they are, products nearly."""
+    torch.manual_seed(0)
+    wide = pj.capture(nn.Sequential(nn.Linear(8, 1024), nn.Linear(1024, 1024)), (X[:2].flatten(1)[:, :8],))
+    batches = [wide.bind(X.flatten(1)[:32, :8])]
+    rounded = ways(wide, (1e-3, 2e-3))
+    found = measured_changes(wide, rounded, batches)
+    assert {tuple(rows.shape) for rows in found.values()} == {(2, 4096)}
+    for name, several in rounded.items():
+        for value, harm in zip(several, harms_of(found)[name], strict=True):
+            other = wide.apply([SetWeights(parameter=n, value=v) for n, v in value.items()])
+            assert harm == pytest.approx(output_harm(wide, other, batches), rel=1e-4)
+    first, second = found.values()
+    assert float((first[0] * second[0]).sum().abs()) < 0.1 * float(first[0].norm() * second[0].norm())
 
 
 def test_expected_harms_come_near_for_small_changes(network: pj.Network) -> None:

@@ -223,11 +223,8 @@ class _Mixer:
         settings, latency = self.settings, self.latency
         costs = self.widths.costs(settings.quantize, settings.keep_bits, settings.keep_bytes, settings.keep_bops)
         if latency is not None:
-            none = (0.0,) * len(settings.weights)
-            table = [
-                list(latency.layers.get(n, none)[: len(o)])
-                for n, o in zip(self.widths.layers, self.options, strict=True)
-            ]
+            rows = [latency.layers.get(n, (0.0,) * len(settings.weights)) for n in self.widths.layers]
+            table = [list(row[: len(o)]) for row, o in zip(rows, self.options, strict=True)]
             costs["keep_latency"] = table, self._limit(latency) - latency.constant
         return costs
 

@@ -87,11 +87,11 @@ def latency_by_way(
 ) -> WayLatency:
     """What the layers of `network` that read `weights` take in several ways, such as quantized.
 
-    `folded` is the network with its batch norms folded, as its layers are found. `wholes` are whole networks, all layers in one way each; `alone` makes of one layer by itself what it is in that
-    way. A layer alone also pays for what its neighbours would share with it (quantizing its inputs), so each way's
-    layers are scaled to what their whole network takes: networks of one way are right, those in between are led by the
-    table. Layers that cannot stand alone (grouped, transposed, recurrent) take no time in it. Raises MissingExtraError,
-    TargetError.
+    `folded` is the network with its batch norms folded, in which its layers are found. `wholes` are whole networks, all
+    layers in one way each; `alone` makes of one layer by itself what it is in that way. A layer alone also pays for
+    what its neighbours would share with it (quantizing its inputs), so each way's layers are scaled to what their whole
+    network takes: networks of one way are right, those in between are led by the table. Layers that cannot stand alone
+    (grouped, transposed, recurrent) take no time in it. Raises MissingExtraError, TargetError.
     """
     layers = [layer for layer in _layers(folded) if layer.weight in weights]
     kinds = {layer.kind: layer for layer in layers}
