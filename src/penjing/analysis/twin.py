@@ -13,15 +13,21 @@ from torch.utils import _pytree as pytree
 from penjing.analysis.operators import CONVOLUTIONS, argument, operator_name
 from penjing.tensors.grids import Grid, fake_quantize, sqnr
 
+#: Where rounding left next to nothing of a channel, a larger factor would only make noise of it.
+_MOST_GAIN = 2.0
+
 
 class Twin:
     """Runs a float graph twice in one walk, as it is and with weights and activations on grids.
 
     `weights` maps parameters to their rounded values; `quantizers` are (value, its users or None for all, grid). At
     each layer in `correct` that has a bias of its own, the bias moves so that the mean of each output channel equals
-    the float one before the next layer is computed; `biases` holds the new values, by name. `sqnr` holds, in dB, how
-    well the quantized twin's value stands for the float one, at every quantizer (with its own rounding) and every layer
-    in `correct`.
+    the float one before the next layer is computed; `biases` holds the new values, by name. At each layer in `rescale`
+    (its name → its weight's, which no other layer reads) the weight is multiplied, too, so that each output channel
+    spreads as the float one does; `gains` holds the factors, by weight. Together that is what taking a batch norm's
+    statistics again would do (Sun et al. 2019, "Hybrid 8-bit floating point training", §4.2), once it is folded. `sqnr`
+    holds, in dB, how well the quantized twin's value stands for the float one, at every quantizer (with its own
+    rounding) and every layer in `layers` (None: those in `correct`).
     """
 
     def __init__(
@@ -31,14 +37,16 @@ class Twin:
         quantizers: Iterable[tuple[str, tuple[str, ...] | None, Grid]],
         correct: Collection[str],
         layers: Collection[str] | None = None,
+        rescale: Mapping[str, str] | None = None,
     ) -> None:
-        self.module, self.weights, self.correct = module, weights, set(correct)
+        self.module, self.weights, self.correct, self.rescale = module, weights, set(correct), dict(rescale or {})
         self.layers = set(layers) if layers is not None else self.correct
         self.quantizers: dict[str, list[tuple[tuple[str, ...] | None, Grid]]] = {}
         for value, users, grid in quantizers:
             self.quantizers.setdefault(value, []).append((users, grid))
         self.sqnr: dict[str, float] = {}
         self.biases: dict[str, Tensor] = {}
+        self.gains: dict[str, Tensor] = {}
         self._tensors: dict[str, tuple[Tensor, Tensor]] = {}
         self._readers: dict[str, int] = {}
         for node in module.graph.nodes:
@@ -88,33 +96,36 @@ class Twin:
             return
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: seen[n])
         twin[node] = target(*args, **kwargs)
-        if node.name in self.correct:
+        if node.name in self.correct or node.name in self.rescale:
             self._correct(node, plain, twin)
         if node.name in self.layers:
             self.sqnr[node.name] = sqnr(plain[node], twin[node])
 
     def _correct(self, node: fx.Node, plain: Mapping[fx.Node, Any], twin: dict[fx.Node, Any]) -> None:
-        name = operator_name(node)
-        bias = argument(node, 0 if name == "aten::addmm" else 2, "bias", None)
-        if not isinstance(bias, fx.Node) or bias.op != "get_attr" or self._readers[str(bias.target)] > 1:
-            return
-        parameter = str(bias.target)
-        value = self._tensor(parameter)[1]
-        channel = 1 if name in CONVOLUTIONS else plain[node].ndim - 1
-        others = [d for d in range(1, plain[node].ndim) if d != channel]
-        missing = plain[node] - twin[node]
-        missing = missing.mean(others, dtype=torch.float64) if others else missing.double()
-        if missing.ndim != 2 or len(missing) < 2:
-            return
-        shift, doubt = missing.mean(0), missing.var(0) / len(missing)
-        # The errors of one sample go together: of what a few samples show, only what exceeds their own spread is bias.
-        shift = (shift * (1.0 - doubt / shift.square().clamp(min=1e-300)).clamp(min=0.0)).to(value.dtype)
-        if value.ndim != 1 or shift.shape != value.shape:
+        channel = 1 if operator_name(node) in CONVOLUTIONS else plain[node].ndim - 1
+        if channel < 1 or len(plain[node]) < 2:
             return
         shape = [1] * plain[node].ndim
         shape[channel] = -1
-        twin[node] = twin[node] + shift.view(shape)
-        self.biases[parameter] = value + shift
+        bias = self._own_bias(node)
+        value = None if bias is None else self._tensor(bias)[1]
+        if value is not None and value.shape != plain[node].shape[channel : channel + 1]:
+            return
+        if node.name in self.rescale:
+            gain = _gain(plain[node], twin[node], channel).to(twin[node].dtype)
+            self.gains[self.rescale[node.name]] = gain
+            offset = 0 if value is None else value.view(shape)
+            twin[node] = (twin[node] - offset) * gain.view(shape) + offset
+        if bias is not None and value is not None and node.name in self.correct:
+            shift = _shift(plain[node] - twin[node], channel).to(value.dtype)
+            twin[node] = twin[node] + shift.view(shape)
+            self.biases[bias] = value + shift
+
+    def _own_bias(self, node: fx.Node) -> str | None:
+        bias = argument(node, 0 if operator_name(node) == "aten::addmm" else 2, "bias", None)
+        if not isinstance(bias, fx.Node) or bias.op != "get_attr" or self._readers[str(bias.target)] > 1:
+            return None
+        return str(bias.target)
 
     def _round(
         self,
@@ -140,3 +151,21 @@ class Twin:
             value = holder.detach()
             self._tensors[name] = (value, self.weights.get(name, value))
         return self._tensors[name]
+
+
+def _shift(missing: Tensor, channel: int) -> Tensor:
+    """The mean of what is `missing` in each channel, as far as the samples (dimension 0) agree on it."""
+    others = [d for d in range(1, missing.ndim) if d != channel]
+    missing = missing.mean(others, dtype=torch.float64) if others else missing.double()
+    shift, doubt = missing.mean(0), missing.var(0) / len(missing)
+    # The errors of one sample go together: of what a few samples show, only what exceeds their own spread is bias.
+    return shift * (1.0 - doubt / shift.square().clamp(min=1e-300)).clamp(min=0.0)
+
+
+def _gain(plain: Tensor, twin: Tensor, channel: int) -> Tensor:
+    """What each channel of `twin` is to be multiplied by to spread as that of `plain`; 1 where nothing varies."""
+    others = [d for d in range(plain.ndim) if d != channel]
+    wanted, found = (x.double().var(others, correction=0) for x in (plain, twin))
+    known = (wanted > 0) & (found > 0)
+    gain = torch.where(known, wanted, 1.0).div(torch.where(known, found, 1.0)).sqrt()
+    return gain.clamp(1 / _MOST_GAIN, _MOST_GAIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -35,6 +36,11 @@ class RoundedWeight:
     values: Tensor
     levels: Tensor | None = None
 
+    def times(self, gain: Tensor) -> RoundedWeight:
+        """With the same codes and the scales of each row (dimension 0) multiplied by its `gain`."""
+        rows = self.values * gain.view(-1, *[1] * (self.values.ndim - 1))
+        return replace(self, grid=replace(self.grid, scale=self.grid.scale * gain), values=rows)
+
 
 @dataclass
 class RoundedNetwork:
@@ -46,6 +52,19 @@ class RoundedNetwork:
     biases: dict[str, Tensor] = field(default_factory=dict)
     rounded: frozenset[str] = frozenset()
     fitted: frozenset[str] = frozenset()
+
+
+def own_scales(placement: Placement, made: RoundedNetwork) -> dict[str, str]:
+    """Layers whose output channels have scales that are theirs alone, and that nothing has fitted, with the weights."""
+    read = Counter(layer.parameter for layer in placement.layers)
+    found = {}
+    for layer in placement.layers:
+        name = layer.parameter
+        if name in made.weights and layer.integer and read[name] == 1 and name not in made.fitted and layer.axis == 0:
+            grid = made.weights[name].grid
+            if grid.axis == 0 and not grid.group:
+                found[layer.node] = name
+    return found
 
 
 @dataclass(frozen=True)

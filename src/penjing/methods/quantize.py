@@ -18,7 +18,15 @@ from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.placement import Layer, Placement, place
 from penjing.analysis.twin import Twin
 from penjing.analysis.weight_grids import SCALES, WEIGHT_TYPES, Scales, granularity, on_grid, shifts, weight_grid
-from penjing.analysis.weight_rounding import ROUNDINGS, RoundedNetwork, RoundedWeight, Rounding, moved, round_by_outputs
+from penjing.analysis.weight_rounding import (
+    ROUNDINGS,
+    RoundedNetwork,
+    RoundedWeight,
+    Rounding,
+    moved,
+    own_scales,
+    round_by_outputs,
+)
 from penjing.errors import DataError, InputError, RecipeError
 from penjing.network.edits import Edit, SetWeights
 from penjing.network.network import Network
@@ -69,10 +77,11 @@ class Quantize(Step):
     1024 if rounding looks at outputs).
 
     `headroom` makes neighbouring int8 weights small enough for kernels that add their products in 16 bits (x86 without
-    VNNI would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves
-    biases so that every layer's mean output comes near that of the float network, layer after layer, as far as the
-    samples agree on it (Nagel et al., "Data-free quantization through weight equalization and bias correction",
-    2019).
+    VNNI would saturate), at the least squared error (see tensors/saturation.py). `correct_bias` moves biases so that
+    every layer's mean output comes near that of the float network, layer after layer, as far as the samples agree on it
+    (Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019), `correct_scale` the
+    scales of channels so that outputs spread as there: what re-estimating batch norms does, which are folded here. Both
+    need static activations, and leave alone what "gptq" has fitted.
 
     Refuses with RecipeError what does not exist, with DataError missing samples or samples that give infinite values.
     """
@@ -90,6 +99,7 @@ class Quantize(Step):
     steps: int = 200
     headroom: bool = True
     correct_bias: bool = True
+    correct_scale: bool = True
 
     def __post_init__(self) -> None:
         kinds = list(self.weights.values()) if isinstance(self.weights, dict) else [self.weights]
@@ -99,13 +109,7 @@ class Quantize(Step):
                     f"Quantize.weights must be one of {', '.join(WEIGHT_TYPES)}, got {dtype!r}",
                     hint=did_you_mean(str(dtype), WEIGHT_TYPES),
                 )
-        if self.activations not in _ACTIVATIONS:
-            known = tuple(a for a in _ACTIVATIONS if a is not None)
-            words = ", ".join(repr(a) for a in _ACTIVATIONS)
-            raise RecipeError(
-                f"Quantize.activations must be one of {words}, got {self.activations!r}",
-                hint=did_you_mean(str(self.activations), known),
-            )
+        self.require_one_of("activations", _ACTIVATIONS)
         if not isinstance(self.granularity, str) or granularity(self.granularity) is None:
             raise RecipeError(
                 f"Quantize.granularity must be 'channel', 'tensor' or 'group:' and a number, got {self.granularity!r}",
@@ -125,7 +129,7 @@ class Quantize(Step):
                 f"Quantize.levels {self.levels!r} are rounded to nearest, not by {self.rounding!r}",
                 hint="leave rounding or levels away",
             )
-        for field in ("symmetric", "headroom", "correct_bias"):
+        for field in ("symmetric", "headroom", "correct_bias", "correct_scale"):
             if not isinstance(getattr(self, field), bool):
                 raise RecipeError(f"Quantize.{field} must be true or false, got {getattr(self, field)!r}")
         few = {"ternary", "binary"} & {self.edges, *kinds}
@@ -199,6 +203,7 @@ class _Planner:
         if self.settings.is_static:
             twin = self._compare(folded, placement, made)
             made.biases |= twin.biases
+            made.weights |= {name: made.weights[name].times(gain) for name, gain in twin.gains.items()}
         edits: list[Edit] = [*folding, *norms]
         edits += [SetWeights(parameter=name, value=value) for name, value in made.biases.items()]
         edits += [SetWeights(parameter=n, value=v) for n, v in moved(folded.tensors(), made.weights).items()]
@@ -326,8 +331,10 @@ class _Planner:
         layers = {layer.node for layer in placement.layers if layer.integer}
         fitted = {layer.node for layer in placement.layers if layer.parameter in made.fitted}
         correct = layers - fitted if self.settings.correct_bias else set()
+        free = self.settings.correct_scale and self.settings.scales == "float"
+        rescale = own_scales(placement, made) if free else {}
         given = {name: weight.values for name, weight in made.weights.items()} | made.biases
-        twin = Twin(network.graph_module, given, quantizers, correct, layers)
+        twin = Twin(network.graph_module, given, quantizers, correct, layers, rescale)
         with self.context.progress.task("comparing with the float network", None):
             twin.run(*together)
         return twin
@@ -351,7 +358,7 @@ class _Planner:
             if layer.parameter is not None:
                 weight = weights[layer.parameter]
                 score = grids.sqnr(tensors[layer.parameter].detach(), weight.values)
-                choice = f"{weight.dtype} weights per {_kind(weight.grid)}" + (f", {choice}" if choice else "")
+                choice = f"{weight.dtype} weights per {weight.grid.granularity}" + (f", {choice}" if choice else "")
                 words.append(f"weights {score:.1f} dB")
                 if self.settings.scales == "power-of-two":
                     words[-1] += f" ({shifts(weight.grid)})"
@@ -384,12 +391,6 @@ class _Planner:
         if made.biases:
             notes.append(f"{len(made.biases)} biases corrected")
         return tuple(notes)
-
-
-def _kind(grid: Grid) -> str:
-    if grid.group:
-        return f"group of {grid.group}"
-    return "channel" if grid.axis is not None else "tensor"
 
 
 def _title(layer: Layer) -> str:

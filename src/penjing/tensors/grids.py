@@ -40,6 +40,11 @@ class Grid:
     axis: int | None = None
     group: int = 0
 
+    @property
+    def granularity(self) -> str:
+        """What has a scale of its own, in words."""
+        return f"group of {self.group}" if self.group else "channel" if self.axis is not None else "tensor"
+
 
 def limits(dtype: str, *, narrow: bool = False) -> tuple[int, int]:
     """The smallest and largest integer of "int8", "uint4", "int2" …; `narrow` drops the lowest of a signed type, which
