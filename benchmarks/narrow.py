@@ -178,8 +178,8 @@ def mixed() -> Iterator[dict[str, Any]]:
         dscnn: (tensor, {**tensor, "rounding": "gptq"}, plain, {"rounding": "gptq"}),
         resnet8: (only, plain, tensor, {**tensor, "rounding": "gptq"}, {"rounding": "gptq"}),
         resnet20: (only, plain, tensor, {"rounding": "gptq"}),
-        resnet56: (plain, {"rounding": "gptq"}),
         stories: (only, {**only, **group}, {**only, **group, "rounding": "gptq"}),
+        resnet56: (plain, {"rounding": "gptq"}),
     }
     for make, settings in cases.items():
         case = make()

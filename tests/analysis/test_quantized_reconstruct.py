@@ -180,6 +180,16 @@ def test_each_layer_apart(network: Network) -> None:
         assert torch.allclose(way.mean(0), wanted.mean(0), atol=1e-4)
 
 
+def test_channels_apart_spread_as_they_did(network: Network) -> None:
+    given = samples(network)
+    coarse = 0.7 * to_nearest(network, ["head.weight"])["head.weight"]
+    found = round_apart(network, {"head.weight": [coarse]}, given, rescale=["head.weight"])["head.weight"][0]
+    made = with_values(network, found)
+    got, wanted = (torch.cat([n.run(b)[0] for b in given]) for n in (made, network))
+    assert torch.allclose(got.var(0), wanted.var(0), rtol=1e-3)
+    assert torch.allclose(got.mean(0), wanted.mean(0), atol=1e-4)
+
+
 def test_layers_that_cannot_be_refitted_go_to_the_nearest_points() -> None:
     module = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False))
     plain = capture(module, inputs=(torch.rand(2, 3, 8, 8),))

@@ -51,9 +51,9 @@ class MixPrecision(Step):
       `wide` times their standard deviation, the widest for the others.
 
     Layers are rounded for that as `quantize` would round them alone ("gptq" stands for all roundings by outputs), with
-    their biases corrected where it corrects them. `samples` are looked at for the harms, and for a last comparison:
-    what was chosen and the widest single type that the budget allows are both quantized as `quantize` says, and the one
-    whose outputs are nearer to the float network's is taken.
+    biases and scales corrected where it corrects them. `samples` are looked at for the harms, and for a last
+    comparison: what was chosen and the widest single type that the budget allows are both quantized as `quantize` says,
+    and the one whose outputs are nearer to the float network's is taken.
     """
 
     quantize: Step
@@ -185,8 +185,9 @@ class _Mixer:
         """Harms by layer and option; and what makes a choice heed that errors go together, where that is known."""
         settings, widths, context = self.settings, self.widths, self.context
         asked = {n: [w.way(n, settings.quantize) for w in widths.options[n]] for n in widths.layers}
-        if corrects_biases(settings.quantize):
-            ways = round_apart(widths.folded, asked, self.batches, progress=context.progress)
+        rescaled = widths.rescaled(settings.quantize)
+        if corrects_biases(settings.quantize) or rescaled:
+            ways = round_apart(widths.folded, asked, self.batches, rescale=rescaled, progress=context.progress)
         else:  # no rule among them: rounding by outputs corrects biases
             ways = {n: [{n: cast(Tensor, w)} for w in several] for n, several in asked.items()}
         for name, options in widths.options.items():  # what stays float keeps its bias

@@ -101,6 +101,14 @@ class Widths:
         """How many weights a layer has."""
         return self.options[name][0].values[name].numel()
 
+    def rescaled(self, quantize: Step) -> list[str]:
+        """The weights whose channels `quantize` scales so that outputs spread as they did."""
+        free = getattr(quantize, "correct_scale", False) and getattr(quantize, "scales", "float") == "float"
+        if not free or not _static(quantize):
+            return []
+        several = {n: [w.grids[n] for w in self.options[n] if w.dtype != FLOAT] for n in self.layers}
+        return [n for n, held in several.items() if all(g.axis == 0 and not g.group for g in held)]
+
     def costs(
         self, quantize: Step, keep_bits: float | None, keep_bytes: float | None, keep_bops: float | None
     ) -> dict[str, Cost]:
@@ -155,8 +163,11 @@ class Widths:
 def corrects_biases(quantize: Step) -> bool:
     """Whether `quantize` makes the mean outputs of layers right again."""
     by_outputs = getattr(quantize, "rounding", "nearest") != "nearest"
-    static = getattr(quantize, "activations", None) not in (None, "dynamic")
-    return by_outputs or (static and bool(getattr(quantize, "correct_bias", True)))
+    return by_outputs or (_static(quantize) and bool(getattr(quantize, "correct_bias", True)))
+
+
+def _static(quantize: Step) -> bool:
+    return getattr(quantize, "activations", None) not in (None, "dynamic")
 
 
 def nearest(quantize: Step, **fields: Any) -> Step:
