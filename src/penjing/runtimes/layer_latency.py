@@ -97,14 +97,12 @@ def latency_by_way(
     kinds = {layer.kind: layer for layer in layers}
     rows: dict[str, list[float]] = {}
     with _Bench(target) as bench, progress.task(f"timing layers on {target}", len(kinds) + 1) as advance:
-        runs = {"network": bench.opened(network), **{str(i): bench.opened(n) for i, n in enumerate(wholes)}}
-        taken = interleave(runs, settings=_WHOLE)
-        whole, *several = (t.p50 for t in taken.values())
+        whole, *several = bench.timed([network, *wholes], _WHOLE)
         advance(1)
         nothing = bench.opened(capture(_Nothing(), inputs=(torch.randn(2, 4),), name="nothing"))
         for kind, layer in kinds.items():
             single = layer.at(*layer.sizes)
-            rows[kind] = bench.alone([single, *(way(single) for way in alone)], nothing)
+            rows[kind] = bench.timed([single, *(way(single) for way in alone)], _LAYER, nothing)
             advance(1)
     plain, *ways = ([rows[layer.kind][i] for layer in layers] for i in range(len(alone) + 1))
     constant = max(0.0, whole - sum(plain))
@@ -229,8 +227,12 @@ class _Bench:
         taken = interleave({"nothing": nothing, **runs}, settings=_LAYER)
         return {(r, c): max(taken[f"{r} {c}"].p50 - taken["nothing"].p50, 1e-6) for r in rows for c in columns}
 
-    def alone(self, networks: Sequence[Network], nothing: Callable[[], object]) -> list[float]:
-        """Milliseconds of each network, less those of running nothing."""
-        different = {id(n): self.opened(n) for n in {id(n): n for n in networks}.values()}
-        taken = interleave({"nothing": nothing, **{str(i): run for i, run in different.items()}}, settings=_LAYER)
-        return [max(taken[str(id(n))].p50 - taken["nothing"].p50, 1e-6) for n in networks]
+    def timed(
+        self, networks: Sequence[Network], settings: LatencySettings, nothing: Callable[[], object] | None = None
+    ) -> list[float]:
+        """Milliseconds of each network, in turns, less those of running `nothing`; one that is there twice runs once."""
+        runs = {str(id(n)): self.opened(n) for n in {id(n): n for n in networks}.values()}
+        if nothing is not None:
+            runs["nothing"] = nothing
+        taken = {name: t.p50 for name, t in interleave(runs, settings=settings).items()}
+        return [max(taken[str(id(n))] - taken.get("nothing", 0.0), 1e-6) for n in networks]
