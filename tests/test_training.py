@@ -56,6 +56,35 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_callers_random_numb
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
+def test_the_average_is_that_of_the_weights_after_each_step() -> None:
+    module, seen = model(), []
+
+    def look(trained: nn.Module, share: float, rate: float) -> None:
+        seen.append({n: p.detach().clone() for n, p in trained.named_parameters()})
+
+    masks = {"0.weight": torch.rand(16, 6, generator=torch.Generator().manual_seed(1)) > 0.5}
+    module.get_parameter("0.weight").data.mul_(masks["0.weight"])
+    start = {n: p.detach().clone() for n, p in module.named_parameters()}
+    train(
+        module,
+        batches,
+        squared,
+        Training(epochs=4, lr=0.1, average=0.6),
+        steps_per_epoch=6,
+        after_step=look,
+        keep=masks,
+        frozen=lambda n: n == "3.bias",
+    )
+    for name, expected in start.items():
+        for step, values in enumerate(seen):
+            held = values[name] * masks[name] if name in masks else values[name]
+            keep = min(0.6, (1 + step) / (10 + step))
+            expected = keep * expected + (1 - keep) * held
+        torch.testing.assert_close(module.get_parameter(name).detach(), expected)
+    assert not module.get_parameter("0.weight")[~masks["0.weight"]].any()
+    assert torch.equal(module.get_parameter("3.bias"), start["3.bias"])
+
+
 def test_masked_weights_stay_zero_and_frozen_ones_stay() -> None:
     module = model()
     mask = torch.rand(16, 6) > 0.5

@@ -41,8 +41,10 @@ class Diverged(RecipeError):
 class Training:
     """How to train: `epochs` may be a fraction; the rate `lr` rises linearly over the first `warmup` share of the
     steps and then falls to zero along half a cosine; `clip` bounds the gradient's norm; no decay on one-dimensional
-    tensors. With `precision` "bf16" networks run under autocast: products in bfloat16, weights, outputs and what is
-    done with them in float32."""
+    tensors. With `average` above 0 the result is an exponential average of the weights and the norms' statistics over
+    the steps: what was keeps that share at each (less in the first steps, as many as there are to average). With
+    `precision` "bf16" networks run under autocast: products in bfloat16, weights, outputs and what is done with them
+    in float32."""
 
     epochs: float = 2
     lr: float = 0.01
@@ -52,6 +54,7 @@ class Training:
     clip: float | None = 5.0
     seed: int = 0
     precision: str = "f32"
+    average: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def train(
             companion.to(accelerator.device)
         masks = {n: m.to(accelerator.device) for n, m in (keep or {}).items()}
         losses: list[float] = []
+        mean = _Average(module, training.average) if training.average else None
         try:
             with (
                 _autocast((prepared, *companions), accelerator.device, training.precision),
@@ -128,7 +132,11 @@ def train(
                     if after_step is not None:
                         after_step(module, (step + 1) / total, optimizer.param_groups[0]["lr"])
                     _hold_zeros(module, masks)
+                    if mean is not None:
+                        mean.update(step)
                     advance(1)
+            if mean is not None:
+                mean.apply()
         finally:
             module.to("cpu")
             module.eval()
@@ -136,6 +144,27 @@ def train(
     part = max(1, math.ceil(len(losses) / 10))
     tenths = [losses[i : i + part] for i in range(0, len(losses), part)]
     return Trained(len(losses), [sum(t) / len(t) for t in tenths])
+
+
+class _Average:
+    """An exponential moving average of a module's floating tensors (Polyak & Juditsky 1992, "Acceleration of
+    stochastic approximation by averaging")."""
+
+    def __init__(self, module: nn.Module, keep: float) -> None:
+        self._keep = keep
+        self._now = [t.detach() for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+        self._mean = [t.clone() for t in self._now]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after step number `step`."""
+        # Of few steps all count about the same: an average from the start on would hold on to what was not trained.
+        keep = min(self._keep, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._mean, self._now, 1 - keep)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        torch._foreach_copy_(self._now, self._mean)
 
 
 @contextmanager

@@ -151,6 +151,7 @@ def test_a_rate_that_is_too_high_ends_in_a_sentence(network: Network) -> None:
         ({"batch_size": 0}, "Finetune.batch_size"),
         ({"optimizer": "sdg"}, "Finetune.optimizer"),
         ({"augment": "mixup"}, "Finetune.augment"),
+        ({"average": 1.0}, "Finetune.average must be below 1, got 1.0"),
     ],
 )
 def test_fields_are_checked(fields: dict[str, object], message: str) -> None:

@@ -43,7 +43,8 @@ class Finetune(Step):
     eight of them, in the channels that are still there: those that correlate. Weights that an earlier step masked
     stay zero; of weights that share levels the levels train. `augment="flip-crop"` varies images. The norms'
     statistics follow the training samples; with `where`, only tensors it selects change. `precision="bf16"`
-    multiplies in bfloat16: about twice as fast on processors that have it, slower on others.
+    multiplies in bfloat16: about twice as fast on processors that have it, slower on others. `average` (0.998, say)
+    gives the exponential average of the weights over the steps instead of the last ones.
     """
 
     learns: ClassVar[bool] = True
@@ -59,6 +60,7 @@ class Finetune(Step):
     augment: str | None = None
     hints: float = 0.0
     precision: str = "f32"
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         infinity = float("inf")
@@ -72,6 +74,7 @@ class Finetune(Step):
         self.require_between("weight_decay", 0, infinity)
         self.require_one_of("augment", (None, *AUGMENTATIONS))
         self.require_between("hints", 0, infinity)
+        self.require_between("average", 0, 1, open_high=True)
         self.require_one_of("precision", PRECISIONS)
         if self.hints and self.teacher is None:
             raise RecipeError("Finetune.hints needs a teacher to take them from", hint="teacher: original")
@@ -109,6 +112,7 @@ class Finetune(Step):
                 weight_decay=self.weight_decay,
                 seed=context.seed,
                 precision=self.precision,
+                average=self.average,
             ),
             steps_per_epoch=_count_batches(data, self.batch_size),
             keep={n: m for n, m in network.masks.items() if n in learned},

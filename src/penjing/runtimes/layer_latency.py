@@ -230,7 +230,7 @@ class _Bench:
     def timed(
         self, networks: Sequence[Network], settings: LatencySettings, nothing: Callable[[], object] | None = None
     ) -> list[float]:
-        """Milliseconds of each network, in turns, less those of running `nothing`; one that is there twice runs once."""
+        """Milliseconds of each network, in turns, less those of running `nothing`; what is there twice runs once."""
         runs = {str(id(n)): self.opened(n) for n in {id(n): n for n in networks}.values()}
         if nothing is not None:
             runs["nothing"] = nothing
