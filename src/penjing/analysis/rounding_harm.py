@@ -34,6 +34,7 @@ def measured_changes(network: Network, ways: Ways, batches: Batches, progress: P
     """
     tails = Tails(network, batches)
     found: dict[str, Tensor] = {}
+    signs: dict[int, Tensor] = {}  # by batch: made once
     with progress.task("rounding layer after layer", len(ways)) as advance:
         for name in sorted(ways, key=lambda n: tails.position([n])):
             tail = tails.behind({name}.union(*ways[name]))
@@ -41,7 +42,8 @@ def measured_changes(network: Network, ways: Ways, batches: Batches, progress: P
             size = sum(_square([p]) for p in plain)
             rows = []
             for changed in ways[name]:
-                rows.append(torch.cat([_sketch(_flat(tail.run(i, changed)) - p, i) for i, p in enumerate(plain)]))
+                off = [_flat(tail.run(i, changed)) - p for i, p in enumerate(plain)]
+                rows.append(torch.cat([_sketch(o, i, signs) for i, o in enumerate(off)]))
             found[name] = torch.stack(rows) / max(size, 1e-300) ** 0.5
             advance(1)
     return found
@@ -125,15 +127,15 @@ def _square(values: Sequence[Tensor]) -> float:
     return sum(float(v.detach().double().square().sum()) for v in values)
 
 
-def _sketch(values: Tensor, seed: int) -> Tensor:
+def _sketch(values: Tensor, batch: int, signs: dict[int, Tensor]) -> Tensor:
     """A vector (n,) in at most `_KEPT` numbers, float64, with the same sum of squares."""
-    exact = values.double()
     if len(values) <= _KEPT:
-        return exact
-    signed = exact * _signs(values.shape, torch.Generator().manual_seed(seed))
-    padded: Tensor = torch.nn.functional.pad(signed, (0, -len(values) % _KEPT))
-    folded = padded.view(-1, _KEPT).sum(0)
-    scaled: Tensor = folded * (exact.norm() / folded.norm().clamp(min=1e-300))
+        return values.double()
+    if batch not in signs:
+        signs[batch] = _signs(values.shape, torch.Generator().manual_seed(batch)).to(torch.int8)
+    padded: Tensor = torch.nn.functional.pad(values * signs[batch], (0, -len(values) % _KEPT))
+    folded = padded.view(-1, _KEPT).sum(0, dtype=torch.float64)
+    scaled: Tensor = folded * (_square([values]) ** 0.5 / folded.norm().clamp(min=1e-300))
     return scaled
 
 
