@@ -16,8 +16,8 @@ MOST = 8192
 
 
 class Observer:
-    """Exact minimum, maximum and count, and (unless `histogram` is off) a histogram about zero, of at most `MOST` values
-    of each sample: always the same places, so that batches may be of any size.
+    """Exact minimum, maximum and count, and (unless `histogram` is off) a histogram about zero, of at most `MOST`
+    values of each sample: always the same places, so that batches may be of any size.
 
     The histogram's bins have a width of a power of two: when a larger value arrives, neighbours are merged until it
     fits. So what is seen does not depend on order or size of the batches, and two observers merge without any loss.
