@@ -301,3 +301,18 @@ def test_recipes_read_it() -> None:
         Quantize(ranges="mse", samples=10),
     )
     assert Recipe.from_dict({"steps": [{"Quantize": {"activations": None}}]}).steps[0] == Quantize(activations=None)
+
+
+def test_patterns_that_match_nothing_are_told() -> None:
+    plan, _ = planned(block(), images(), weights={"*": "int8", "haed": "int4"})
+    assert "no weight matches 'haed'" in plan.notes
+    for none in ({}, {"haed": "int4"}):
+        with pytest.raises(RecipeError, match="finds nothing to quantize"):
+            planned(block(), images(), weights=none)
+
+
+def test_a_second_time_says_that_all_is_done() -> None:
+    _, whole = planned(block(), images())
+    with pytest.raises(RecipeError) as caught:
+        planned(whole, images())
+    assert "already" in (caught.value.hint or "")

@@ -102,3 +102,8 @@ def test_what_cannot_fit() -> None:
 def test_bad_tables_are_refused(harms: list[list[float]], costs: list[tuple[list[list[float]], float]]) -> None:
     with pytest.raises(ValueError, match="option|finite"):
         least_harm(harms, costs)
+
+
+def test_without_any_harm_the_limit_alone_decides() -> None:
+    chosen = least_harm([[0.0, 0.0], [0.0, 0.0]], [([[8.0, 4.0], [8.0, 4.0]], 12.0)])
+    assert chosen is not None and sum([8.0, 4.0][i] for i in chosen) <= 12

@@ -305,6 +305,8 @@ def _channels_last(data: Data, *modules: nn.Module) -> bool:
     inputs = next(data.batches(2, limit=2))[0]
     if not any(isinstance(x, Tensor) and x.ndim == 4 for x in pytree.tree_leaves(inputs)):
         return False
+    if any(t.ndim == 5 for module in modules for t in module.state_dict().values()):
+        return False  # volumes have a layout of their own
     for module in modules:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:

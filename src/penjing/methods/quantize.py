@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penjing.analysis.activation_grids import activation_grids, activation_types
-from penjing.analysis.dynamic_grids import dynamic_edits, dynamic_layers, why_float
+from penjing.analysis.dynamic_grids import dynamic_edits, dynamic_layers
 from penjing.analysis.fake_quantize import weight_readers
 from penjing.analysis.footprint import footprint
 from penjing.analysis.grid_edits import activation_edit, weight_edit
@@ -18,7 +18,7 @@ from penjing.analysis.level_grids import LEVELS, check_levels, level_grid
 from penjing.analysis.passes import fold_batch_norms, fold_pads, outputs_first, simplified
 from penjing.analysis.placement import Layer, Placement, place
 from penjing.analysis.twin import Twin
-from penjing.analysis.weight_grids import SCALES, WEIGHT_TYPES, Scales, granularity, on_grid, shifts, weight_grid
+from penjing.analysis.weight_grids import SCALES, WEIGHT_TYPES, Scales, granularity, on_grid, weight_grid
 from penjing.analysis.weight_rounding import (
     ROUNDINGS,
     RoundedNetwork,
@@ -32,6 +32,7 @@ from penjing.errors import DataError, InputError, RecipeError
 from penjing.network.edits import Edit, SetWeights
 from penjing.network.network import Network
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.recipe.quantized_layers import layer_reasons
 from penjing.recipe.samples import bound_samples, unlabelled
 from penjing.registry import did_you_mean
 from penjing.tensors import grids
@@ -70,7 +71,7 @@ class Quantize(Step):
 
     `ranges` chooses what part of the values a grid covers: "minmax" all of it; "mse" what gives the least squared
     error; "percentile" all but 0.01 %; "entropy" what loses least information (Kullback-Leibler); "auto" is "mse" for
-    activations of 4 bits and for what is rounded by outputs, else "minmax". Weights of 8 and 16 bits follow "mse" only
+    activations and for weights that are rounded by outputs, else "minmax". Weights of 8 and 16 bits follow "mse" only
     and otherwise take all of their range, since with a scale a channel clipping only hurts them. Ternary and binary
     scales are those of least error (see analysis/weight_grids.py). `scales` "power-of-two" rounds each scale up to one,
     for hardware that shifts. `levels` "power-of-two" and "additive-powers-of-two" space weights of 2 to 8 bits
@@ -178,32 +179,33 @@ class _Planner:
         self.per_channel, self.group = granularity(settings.granularity) or (True, 0)
 
     def plan(self) -> Plan:
+        settings = self.settings
         # What is rounded by outputs, or cut into groups, has its output channels first.
-        turned = [outputs_first] if self.group or self.settings.rounding != "nearest" else []
+        turned = [outputs_first] if self.group or settings.rounding != "nearest" else []
         folded, folding = simplified(self.network, fold_pads, *turned)
         folded, norms = simplified(folded, fold_batch_norms)
         placement = place(
             folded.graph_module,
             floating=[i.name for i in folded.inputs if i.dtype.is_floating_point],
             parameters=folded.parameter_names,
-            selected=lambda name: matches(self.settings.where, name),
-            activations=self.settings.is_static,
+            selected=lambda name: matches(settings.where, name),
+            activations=settings.is_static,
         )
         if not placement.layers:
-            raise RecipeError(
-                f"Quantize finds nothing to quantize in {self.network.name}",
-                hint=f"where={self.settings.where!r} selects no layer with weights, or they are integers already",
-            )
+            raise self._nothing()
         self.ends = {layer.node for layer in (placement.layers[0], placement.layers[-1])}
         readers = self._readers(folded, placement)
+        weighty = [x for x in placement.layers if x.parameter is not None]
+        if weighty and all(self._type(cast(str, x.parameter), [x]) is None for x in weighty):
+            raise self._nothing()
         self.integer = self._integer(folded, placement, readers)
         tensors = folded.tensors()
         weights = {name: self._weight(name, tensors[name].detach(), layers) for name, layers in readers.items()}
-        made = RoundedNetwork(weights, self._activations(folded, placement) if self.settings.is_static else {})
+        made = RoundedNetwork(weights, self._activations(folded, placement) if settings.is_static else {})
         twin: Twin | None = None
-        if self.settings.rounding != "nearest":
+        if settings.rounding != "nearest":
             made = self._by_outputs(folded, placement, made)
-        if self.settings.is_static:
+        if settings.is_static:
             twin = self._compare(folded, placement, made)
             made.biases |= twin.biases
             made.weights |= {name: made.weights[name].times(gain) for name, gain in twin.gains.items()}
@@ -212,9 +214,21 @@ class _Planner:
         edits += [SetWeights(parameter=n, value=v) for n, v in moved(folded.tensors(), made.weights).items()]
         edits += [weight_edit(name, weight.grid, weight.levels) for name, weight in made.weights.items()]
         edits += [activation_edit(q, made.activations[q.grid]) for q in placement.quantizers]
-        edits += dynamic_edits(folded.graph_module.graph, () if self.settings.is_static else self.integer)
-        reasons = self._reasons(folded, placement, made.weights, twin)
-        return Plan(step=self.settings, edits=tuple(edits), reasons=reasons, notes=self._notes(norms, placement, made))
+        edits += dynamic_edits(folded.graph_module.graph, () if settings.is_static else self.integer)
+        reasons = layer_reasons(settings, placement, made.weights, tensors, self.integer, twin)
+        left = placement.left | self.left
+        reasons += [Reason(layer=name, choice="float32", why=why) for name, why in left.items()]
+        notes = self._notes(norms, placement, made)
+        return Plan(step=settings, edits=tuple(edits), reasons=tuple(reasons), notes=notes)
+
+    def _nothing(self) -> RecipeError:
+        settings = self.settings
+        done = self.network.has_integer_grids or bool(self.network.shared_levels())
+        what = "what is selected stands on grids already" if done else "no layer's weight is selected"
+        return RecipeError(
+            f"Quantize finds nothing to quantize in {self.network.name}",
+            hint=f"{what} (where={settings.where!r}, weights={settings.weights!r})",
+        )
 
     # ----------------------------------------------------------------------------------------------------- weights
     def _type(self, name: str, layers: Sequence[Layer]) -> str | None:
@@ -347,39 +361,6 @@ class _Planner:
             twin.run(*together)
         return twin
 
-    # ----------------------------------------------------------------------------------------------------- reasons
-    def _reasons(
-        self, network: Network, placement: Placement, weights: Mapping[str, RoundedWeight], twin: Twin | None
-    ) -> tuple[Reason, ...]:
-        tensors, reasons, inputs = network.tensors(), [], f"{self.settings.activations} inputs"
-        for layer in placement.layers:
-            if layer.parameter is not None and layer.parameter not in weights:
-                continue
-            integer, words, score = layer.node in self.integer, [], None
-            choice = inputs if integer else "float32"
-            if layer.parameter is not None:
-                weight = weights[layer.parameter]
-                score = grids.sqnr(tensors[layer.parameter].detach(), weight.values)
-                choice = f"{weight.dtype} weights per {weight.grid.granularity}" + (f", {inputs}" if integer else "")
-                words.append(f"weights {score:.1f} dB")
-                if self.settings.scales == "power-of-two":
-                    words[-1] += f" ({shifts(weight.grid)})"
-                if weight.grid.group and layer.integer:
-                    words.append("groups: computed in float")
-                if weight.levels is not None:
-                    words.append(f"{self.settings.levels} levels: computed in float")
-            if twin is not None and layer.integer:
-                seen = [twin.sqnr[s] for s in placement.sources.get(layer.node, ()) if s in twin.sqnr]
-                words += [f"inputs {decibels:.1f} dB" for decibels in seen]
-                score = twin.sqnr.get(layer.node, score)
-                words.append(f"output {score:.1f} dB" if score is not None else "")
-            elif not integer:
-                words.append(why_float(layer, dynamic=self.settings.activations == "dynamic"))
-            why = ", ".join(w for w in words if w)
-            reasons.append(Reason(layer=_title(layer), choice=choice, score=score, why=why))
-        left = placement.left | self.left
-        return (*reasons, *(Reason(layer=n, choice="float32", why=why) for n, why in left.items()))
-
     def _notes(self, norms: tuple[Edit, ...], placement: Placement, made: RoundedNetwork) -> tuple[str, ...]:
         folded = sum(type(e).__name__ == "ReplaceLayer" and not getattr(e, "calls", ()) for e in norms)
         placed, different = len(placement.quantizers), len({q.grid for q in placement.quantizers})
@@ -389,11 +370,11 @@ class _Planner:
             f"{len(made.rounded)} of {len(made.weights)} weights rounded by {self.settings.rounding}": made.rounded,
             f"{len(made.biases)} biases corrected": made.biases,
         }
+        if isinstance(self.settings.weights, dict):
+            names = [layer.parameter for layer in placement.layers if layer.parameter is not None]
+            for pattern in self.settings.weights:
+                found[f"no weight matches {pattern!r}"] = not any(matches(pattern, name) for name in names)
         return tuple(words for words, there in found.items() if there)
-
-
-def _title(layer: Layer) -> str:
-    return layer.node if layer.parameter is None else layer.parameter.removesuffix(".weight")
 
 
 __all__ = ["Quantize"]

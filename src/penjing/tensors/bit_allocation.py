@@ -38,6 +38,8 @@ def least_harm(harms: Sequence[Sequence[float]], costs: Costs) -> list[int] | No
         raise ValueError("every option needs a cost")
     if not all(np.isfinite(row).all() for row in (objective, *spent)):
         raise ValueError("harms and costs must be finite")
+    if not objective.any():
+        objective = np.ones_like(objective)  # no choice does harm
     owner = np.repeat(np.arange(len(sizes)), sizes)
     one = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     # Scaled to about 1: the solver's tolerances are absolute.
