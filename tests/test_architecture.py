@@ -34,6 +34,7 @@ SHARED = {
         "onnx_weights",
         "onnx_codebooks",
         "onnx_attention",
+        "onnx_biases",
     },
 }
 LAZY = ("runtimes/", "search/", "serving/", "cli/", "__init__.py", "__main__.py")
