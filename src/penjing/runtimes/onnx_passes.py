@@ -52,6 +52,8 @@ class Dialect:
 
 def run(model: Any, dialect: Dialect, weights: Mapping[str, Stored]) -> tuple[Widened, ...]:
     """All passes, in place; returns what had to be widened. `weights`: see `onnx_weights.gather`."""
+    from onnx_ir.passes.common import NameFixPass
+
     graph = model.graph
     _forget_origins(model)
     stored = gather(graph, weights)
@@ -78,6 +80,7 @@ def run(model: Any, dialect: Dialect, weights: Mapping[str, Stored]) -> tuple[Wi
     if dialect.integer_bias:
         keep_float(graph)
     _sweep(model)
+    NameFixPass()(model)  # of a layer that is used twice all that was made has the same names twice
     return (*wide, *widened)
 
 
