@@ -11,6 +11,8 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -261,7 +263,13 @@ class Runtime(ABC):
         with appearing(final) as aside, progress.task(f"exporting for {self.name}", 2) as advance:
             widened = self._write(network, aside)
             advance(1)
-            parity = verify(self, network, aside, samples=samples)
+            try:
+                parity = verify(self, network, aside, samples=samples)
+            except _Unopened as error:
+                raise ExportError(
+                    f"penjing's file of {network.name} is not one that {self.name} opens: {error.reason}",
+                    hint="this is a fault of penjing's export; please report it. Other runtimes may run the network",
+                ) from error
             advance(1)
             digest = hashlib.sha256(aside.read_bytes()).hexdigest()
             size = aside.stat().st_size
@@ -297,10 +305,26 @@ class Runtime(ABC):
         return found
 
     def _damaged(self, path: Path, error: Exception) -> InputError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-        return InputError(
-            f"{self.name} cannot open {path.name!r}: {reason}", hint="the file is damaged or not one of its kind"
-        )
+        return _Unopened(self.name, path, _reason(error, path))
+
+
+class _Unopened(InputError):
+    """A file that its runtime does not open, and why in the runtime's words."""
+
+    def __init__(self, runtime: str, path: Path, reason: str) -> None:
+        self.reason = reason
+        message = f"{runtime} cannot open {path.name!r}: {reason}"
+        super().__init__(message, hint="the file is damaged or not one of its kind")
+
+
+_PREAMBLE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """The last line of what a runtime says, without codes and the path that the caller knows, cut between words."""
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    last = _PREAMBLE.sub("", last).replace(f"Load model from {path} failed:", "").replace(str(path), "the file")
+    return textwrap.shorten(last, 300, placeholder=" …")
 
 
 RUNTIMES: Registry[Runtime] = Registry("runtime", error=TargetError)

@@ -67,6 +67,7 @@ class OrtSession(Session):
     def __init__(self, source: Path | bytes, target: Target) -> None:
         self._source = source
         self._session = _session(source, target.thread_count)
+        self._options = _silent()
         ports = [
             Port(i.name, _shape(i.shape), np.dtype(_TYPES.get(i.type, np.float32))) for i in self._session.get_inputs()
         ]
@@ -74,7 +75,7 @@ class OrtSession(Session):
         self._executed: list[Executed] | None = None
 
     def _run(self, inputs: Mapping[str, Array]) -> list[Array]:
-        result: list[Array] = self._session.run(None, dict(inputs))
+        result: list[Array] = self._session.run(None, dict(inputs), self._options)
         return result
 
     @property
@@ -119,6 +120,15 @@ def _session(source: Path | bytes, threads: int, optimized: Path | None = None) 
         options.optimized_model_filepath = str(optimized)
     given = source if isinstance(source, bytes) else str(source)
     return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+
+def _silent() -> Any:
+    """Options of a run that leave what fails to the exception, and off the user's screen."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return options
 
 
 _QUANTIZE = b"\x0eQuantizeLinear"  # with its length: not the end of DynamicQuantizeLinear

@@ -169,7 +169,7 @@ class OpenVino(Runtime):
             refused = re.search(r"Conversion is failed for: (.+)", str(error))
             if refused:
                 raise ExportError(
-                    f"openvino has no translation for these operators of {path.name!r}: {refused[1]}",
+                    f"openvino has no translation for these operators of the file: {refused[1]}",
                     hint="other runtimes may run this network: onnxruntime, torch",
                 ) from error
             raise self._damaged(path, error) from error
