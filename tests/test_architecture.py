@@ -35,6 +35,7 @@ SHARED = {
         "onnx_codebooks",
         "onnx_attention",
         "onnx_biases",
+        "onnx_products",
     },
 }
 LAZY = ("runtimes/", "search/", "serving/", "cli/", "__init__.py", "__main__.py")

@@ -142,11 +142,15 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class Executed:
-    """One operation as the runtime really runs it: its own name for the kind, the node, and the arithmetic."""
+    """One operation as the runtime really runs it: its own name for the kind, the node, and the arithmetic.
+
+    `origins`: the nodes of the file that it stands for, where the runtime names them; else `name` is one of them.
+    """
 
     op: str
     name: str
     precision: str
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,11 @@ class Runtime(ABC):
     @abstractmethod
     def intermediates(self, path: Path, names: Sequence[str], inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Those of the named inner values that the file has, as this runtime computes them."""
+
+    def in_float(self, network: Network, path: Path, session: Session) -> dict[str, str]:
+        """Layers of `network` that stand on integer grids in its file while `session` of it computes them in float, and
+        the arithmetic, as far as the runtime tells. Raises InputError for a damaged file."""
+        return {}
 
     def reference(self, path: Path) -> Session:
         """A session that leaves floats as they are (f32), for comparing."""

@@ -20,6 +20,7 @@ import torch
 from penjing.runtimes import onnx_graph
 from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, Widened, register
 from penjing.runtimes.onnx_passes import Dialect
+from penjing.runtimes.onnx_products import in_float
 from penjing.tensors.saturation import may_saturate
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _TYPES = {
 }
 _INTEGER_PRODUCTS = frozenset(
     "QLinearConv QLinearMatMul QGemm ConvInteger ConvIntegerToFloat MatMulInteger MatMulIntegerToFloat "
-    "DynamicQuantizeMatMul DynamicQuantizeLSTM QAttention MatMulNBits".split()
+    "DynamicQuantizeMatMul DynamicQuantizeLSTM QAttention".split()
 )
 _MOVES = frozenset(
     "Clip MaxPool NhwcMaxPool Reshape Transpose Concat Gather Squeeze Unsqueeze Flatten Slice Pad Identity Resize "
@@ -163,6 +164,9 @@ class OnnxRuntime(Runtime):
             return OrtSession(path, target)
         except Exception as error:  # onnxruntime's own exceptions share no base but Exception
             raise self._damaged(path, error) from error
+
+    def in_float(self, network: Network, path: Path, session: Session) -> dict[str, str]:
+        return in_float(path, session, network.code_kinds())
 
     def trace(self, network: Network) -> torch.export.ExportedProgram:
         return onnx_graph.decomposed(network)
