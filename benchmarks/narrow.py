@@ -8,7 +8,7 @@ weights   ResNet-56 (1024 unlabelled training images) and DS-CNN (every other cl
           of 4 to 2 bits and activations of 8
 both      the same with weights and activations of 4 bits
 trained   ResNet-56 with weights of 2 bits and ternary, trained on their grids with distillation; processor minutes
-mixed     ResNet-56: widths by layer beside one width for all at the same bytes
+mixed     widths by layer beside one width for all at the same bytes: accuracy, and how far outputs are from float's
 language  stories260k, weights only, 4 bits in groups of 128 and 64; nats a token over 150 blocks of other texts
 
 Accuracies are of whole test sets. Every row is printed and kept as soon as it is there.
@@ -69,14 +69,28 @@ class Case:
         inputs = next(iter(Data(tested).batches(2)))[0]
         self.network = pj.capture(getattr(hub, name)(), inputs=inputs, name=name)
 
-    def row(self, what: str, *steps: pj.Step, labels: bool = False) -> dict[str, Any]:
+    def row(self, what: str, *steps: pj.Step, labels: bool = False, off: bool = False) -> dict[str, Any]:
         started, used = time.perf_counter(), time.process_time()
         task = self.task if labels else None
         found = pj.compress(self.network, pj.Recipe(*steps), data=self.shown, task=task)
         row = {"network": self.name, "what": what, "seconds": round(time.perf_counter() - started, 1)}
         row |= {"processor minutes": round((time.process_time() - used) / 60, 2)}
         held = sum(found.network.stored_bytes().values())
-        return {**row, "metric": self.metric(found.network), "kB": round(held / 1000, 1)}
+        row |= {"metric": self.metric(found.network), "kB": round(held / 1000, 1)}
+        return {**row, **self.off(found.network), "notes": found.plans[-1].notes[:2]} if off else row
+
+    @torch.no_grad()
+    def off(self, network: pj.Network) -> dict[str, float]:
+        """How far outputs are from the float network's: relative mean square, and the divergence of probabilities."""
+        plain, module = self.network.module(), network.module()
+        sums = torch.zeros(4, dtype=torch.float64)
+        for x, _ in Data(self.tested).batches(200 if self.task.name == "classification" else 10):
+            wanted, given = plain(x).flatten(0, -2), module(x).flatten(0, -2)
+            p, q = wanted.log_softmax(-1), given.log_softmax(-1)
+            divergence = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+            error, size = (given - wanted).square().sum(), wanted.square().sum()
+            sums += torch.stack([error, size, divergence, torch.tensor(float(len(wanted)))]).double()
+        return {"output error": float(sums[0] / sums[1]), "divergence": float(sums[2] / sums[3])}
 
     @torch.no_grad()
     def metric(self, network: pj.Network) -> float:
@@ -93,6 +107,18 @@ def resnet56() -> Case:
     import hub
 
     return Case("resnet56", hub.cifar10_train(), hub.cifar10_test())
+
+
+def resnet20() -> Case:
+    import hub
+
+    return Case("resnet20", hub.cifar10_train(), hub.cifar10_test())
+
+
+def resnet8() -> Case:
+    import hub
+
+    return Case("resnet8", hub.cifar10_train(), hub.cifar10_test())
 
 
 def dscnn() -> Case:
@@ -145,15 +171,24 @@ def trained() -> Iterator[dict[str, Any]]:
 
 
 def mixed() -> Iterator[dict[str, Any]]:
-    case = resnet56()
-    for how in ("nearest", "gptq"):
-        quantize = pj.Quantize(rounding=how)
-        for bits in (4, 3):
-            yield case.row(f"{bits} bits everywhere, {how}", pj.Quantize(weights=f"int{bits}", rounding=how))
-            for criterion in ("expected", "measured"):
-                kinds = ["int8", "int6", "int4", "int3", "int2"]
-                step = pj.MixPrecision(quantize=quantize, weights=kinds, keep_bits=bits, criterion=criterion)
-                yield case.row(f"{bits} bits on average by {criterion} harm, {how}", step)
+    """One width for all and widths by layer, both of 4 bits a weight."""
+    plain, tensor, group = {}, {"granularity": "tensor"}, {"granularity": "group:64"}
+    only: dict[str, Any] = {"activations": None}
+    cases = {
+        dscnn: (tensor, {**tensor, "rounding": "gptq"}, plain, {"rounding": "gptq"}),
+        resnet8: (only, plain, tensor, {**tensor, "rounding": "gptq"}, {"rounding": "gptq"}),
+        resnet20: (only, plain, tensor, {"rounding": "gptq"}),
+        stories: (only, {**only, **group}, {**only, **group, "rounding": "gptq"}),
+        resnet56: (plain, {"rounding": "gptq"}),
+    }
+    for make, settings in cases.items():
+        case = make()
+        for fields in settings:
+            one = case.row(_words("4 bits everywhere", fields), pj.Quantize(weights="int4", **fields), off=True)
+            count = 16 if case.task.name == "language-modelling" else 128  # of 512 tokens each
+            step = pj.MixPrecision(quantize=pj.Quantize(**fields), keep_bits=4.0, criterion="measured", samples=count)
+            yield one
+            yield case.row(_words("4 bits on average", fields), step, off=True)
 
 
 def language() -> Iterator[dict[str, Any]]:

@@ -36,6 +36,7 @@ SHARED = {
         "onnx_attention",
         "onnx_biases",
         "onnx_products",
+        "onnx_recurrent",
     },
 }
 LAZY = ("runtimes/", "search/", "serving/", "cli/", "__init__.py", "__main__.py")

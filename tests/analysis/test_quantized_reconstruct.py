@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from penjing.analysis.passes import fold_batch_norms
-from penjing.analysis.quantized_reconstruct import Rounded, round_layers
+from penjing.analysis.quantized_reconstruct import Rounded, round_apart, round_layers
 from penjing.errors import DataError
 from penjing.network import MaskWeights, Network, QuantizeTensor, SetWeights, capture
 from penjing.tensors.gptq import GridRule
@@ -158,3 +158,42 @@ def test_what_it_refuses_and_what_it_leaves(network: Network) -> None:
     unfolded = capture(Residual(), inputs=(torch.rand(2, 3, 8, 8),))
     found = round_layers(unfolded, {"stem.weight": RULE}, samples(unfolded))
     assert "batch norm" in found.nearest["stem.weight"] and not found.biases
+
+
+def test_each_layer_apart(network: Network) -> None:
+    """Alone in the float network: a rule does less harm than the nearest values, and the mean output stays right."""
+    rules, given = weights(network), samples(network)
+    nearest = to_nearest(network, rules)
+    before = {n: t.clone() for n, t in network.tensors().items()}
+    found = round_apart(network, {n: [nearest[n], rule] for n, rule in rules.items()}, given)
+    assert all(torch.equal(before[n], t) for n, t in network.tensors().items())
+    (inputs,) = samples(network, 1, seed=9)
+    plain = network.run(inputs)[0]
+    for name, (near, ruled) in found.items():
+        assert set(near) == {name, name.replace("weight", "bias")} == set(ruled)
+        assert torch.equal(near[name], nearest[name])
+        only, best = (with_values(network, values).run(inputs)[0] for values in ({name: nearest[name]}, ruled))
+        assert (best - plain).square().mean() < (only - plain).square().mean()
+    heads = [with_values(network, way).run(b)[0] for way in found["head.weight"] for b in given]
+    for way in (torch.cat(heads[: len(given)]), torch.cat(heads[len(given) :])):
+        wanted = torch.cat([network.run(b)[0] for b in given])
+        assert torch.allclose(way.mean(0), wanted.mean(0), atol=1e-4)
+
+
+def test_channels_apart_spread_as_they_did(network: Network) -> None:
+    given = samples(network)
+    coarse = 0.7 * to_nearest(network, ["head.weight"])["head.weight"]
+    found = round_apart(network, {"head.weight": [coarse]}, given, rescale=["head.weight"])["head.weight"][0]
+    made = with_values(network, found)
+    got, wanted = (torch.cat([n.run(b)[0] for b in given]) for n in (made, network))
+    assert torch.allclose(got.var(0), wanted.var(0), rtol=1e-3)
+    assert torch.allclose(got.mean(0), wanted.mean(0), atol=1e-4)
+
+
+def test_layers_that_cannot_be_refitted_go_to_the_nearest_points() -> None:
+    module = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False))
+    plain = capture(module, inputs=(torch.rand(2, 3, 8, 8),))
+    names = [n for n in plain.parameter_names if plain.tensors()[n].ndim > 1]
+    found = round_apart(plain, {n: [RULE] for n in names}, samples(plain))
+    assert [set(found[n][0]) for n in names] == [{n} for n in names]  # no bias that could be made right
+    assert torch.equal(found[names[0]][0][names[0]], to_nearest(plain, names)[names[0]])

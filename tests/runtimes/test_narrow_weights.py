@@ -171,3 +171,46 @@ def test_reports_and_deploy_say_what_was_widened(tmp_path: Path) -> None:
     report = pj.evaluate(network, Data(X), target="onnxruntime", latency=QUICK, memory=False).to_dict()
     for text in (render_markdown(report), render_html(report)):
         assert "4 tensors of int6 as int8" in text
+
+
+class Spelled(nn.Module):
+    """Embedding, LSTM and a linear layer: one of them in integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lstm, self.head = nn.Embedding(20, 6), nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lstm(self.table(tokens))[0])
+
+
+def test_what_stays_float_beside_integer_layers_is_widened_once(tmp_path: Path) -> None:
+    tokens = torch.randint(0, 20, (32, 5), generator=torch.Generator().manual_seed(0))
+    network = pj.capture(Spelled().eval(), (tokens[:2],))
+    plan = pj.Quantize().plan(network, Context(original=network, data=Data(tokens)))
+    engine = get_runtime("onnxruntime")
+    artifact = engine.export(network.apply(plan.edits), tmp_path / "net.onnx", samples=(tokens,))
+    executed = Counter(e.op for e in engine.load(artifact.path).executed())
+    assert executed["LSTM"] == executed["MatMulIntegerToFloat"] == 1
+    assert not executed["DequantizeLinear"], "nothing is dequantized in every run"
+    assert held(artifact.path)[onnx.TensorProto.INT8] >= 4
+    told = {r.layer: r.why for r in plan.reasons}
+    assert "lstm: stored as integers, computed in float" in told["lstm.weight_hh_l0"]
+    assert "embedding: stored as integers, computed in float" in told["table"]
+
+
+@pytest.mark.parametrize(("groups", "openvino"), [(1, 0), (2, 1)])
+def test_transposed_convolutions_without_a_kernel_are_told(groups: int, openvino: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 4, 2, groups=groups), nn.Conv2d(4, 2, 1)
+    )
+    images = torch.rand(32, 3, 8, 8)
+    network = pj.capture(model.eval(), (images[:2],))
+    quantized = network.apply(pj.Quantize().plan(network, Context(original=network, data=Data(images))).edits)
+    for runtime, count in (("onnxruntime", 1), ("openvino", openvino)):
+        engine = get_runtime(runtime)
+        artifact = engine.export(quantized, tmp_path / f"{runtime}.onnx", samples=(images,))
+        assert [(w.tensor, w.stored) for w in artifact.widened] == [("2.weight", "float32")] * count
+        ran = [e.precision for e in engine.load(artifact.path).executed() if e.op in ("ConvTranspose", "Deconvolution")]
+        assert ran and (ran == ["int8"]) == (count == 0), "what is told is what runs"

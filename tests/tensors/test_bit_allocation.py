@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from penjing.tensors.bit_allocation import least_harm
+from penjing.tensors.bit_allocation import exchanged, least_harm
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -53,6 +53,40 @@ def test_harms_of_all_sizes_are_told_apart() -> None:
                 total - harms[a][chosen[a]] - harms[b][chosen[b]] + harms[a][chosen[a] - 1] + harms[b][chosen[b] + 1]
             )
             assert other >= total * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_exchanges_end_where_no_pair_helps(seed: int) -> None:
+    """Harms that do not add up, against the sum itself over every choice within two exchanges; limits hold."""
+    random = np.random.default_rng(seed)
+    sizes = [3, 2, 4, 3, 1]
+    first = np.cumsum([0, *sizes[:-1]])
+    rows = random.normal(size=(sum(sizes), 6)) * 10.0 ** random.uniform(-1, 1, (sum(sizes), 1))
+    gram = rows @ rows.T
+    table = [list(random.uniform(0, 1, n)) for n in sizes]
+    start = [int(np.argmin(row)) for row in table]
+    costs = [(table, 0.7 * sum(map(max, table)))]
+
+    def harm(choice: tuple[int, ...] | list[int]) -> float:
+        return float(rows[first + np.asarray(choice)].sum(0) @ rows[first + np.asarray(choice)].sum(0))
+
+    def fits(choice: tuple[int, ...] | list[int]) -> bool:
+        return sum(row[i] for row, i in zip(table, choice, strict=True)) <= costs[0][1]
+
+    found = exchanged(gram, sizes, start, costs)
+    assert fits(found) and harm(found) < harm(start)
+    near = [
+        c
+        for c in itertools.product(*map(range, sizes))
+        if fits(c) and sum(a != b for a, b in zip(c, found, strict=True)) <= 2
+    ]
+    assert harm(found) <= min(map(harm, near)) * (1 + 1e-6)
+    assert exchanged(gram, sizes, found, costs) == found
+
+
+def test_exchanges_of_one_layer_alone() -> None:
+    assert exchanged(np.diag([3.0, 1.0]), [2], [0], []) == [0]  # a pair is two layers
+    assert exchanged(np.diag([3.0, 1.0, 5.0, 2.0]), [2, 2], [0, 0], []) == [1, 1]
 
 
 def test_what_cannot_fit() -> None:

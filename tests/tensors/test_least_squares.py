@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from penjing.errors import DataError
-from penjing.tensors.least_squares import Consumer, Moments, cholesky, damped, eliminate, refit
+from penjing.tensors.least_squares import Consumer, Moments, cholesky, damped, eliminate, optimum, refit
 
 
 def moments_of(x: torch.Tensor, t: torch.Tensor, parts: int = 3) -> Moments:
@@ -108,3 +108,32 @@ def test_cholesky_of_what_is_not_quite_definite() -> None:
         assert torch.allclose(back, batch, atol=2e-2) and torch.isfinite(factor).all()
     with pytest.raises(DataError, match="not finite"):
         cholesky(torch.full((2, 2), float("nan")))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
+def test_inputs_that_hardly_vary_leave_the_weights_in_peace(spread: float) -> None:
+    """What is left when a large mean is subtracted in single precision must not be taken for information."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 3, 40, generator=generator)
+    moments = Moments(1, 40, 3)
+    for _ in range(4):
+        x = 5 + spread * torch.randn(1, 64, 40, generator=generator)
+        moments.add(x, x @ weight.mT)
+    hessian, solved = optimum(moments, weight, bias=True)
+    assert torch.linalg.eigvalsh(hessian).min() > 0
+    assert (solved - weight).abs().max() < 0.01
+
+
+def test_moments_are_those_of_all_batches_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, t = 3 + torch.randn(2, 90, 5, generator=generator), torch.randn(2, 90, 3, generator=generator) - 7
+    moments = Moments(2, 5, 3)
+    for part in (slice(0, 40), slice(40, 90)):
+        moments.add(x[:, part], t[:, part])
+    x, t = x.double(), t.double()
+    torch.testing.assert_close(moments.xx, x.mT @ x, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.xt, x.mT @ t, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.sum_t, t.sum(1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.energy, t.var(1, correction=0) * 90, rtol=1e-5, atol=1e-4)
+    off = x - x.mean(1, keepdim=True)
+    torch.testing.assert_close(moments.centred()[0], off.mT @ off, rtol=1e-4, atol=1e-4)

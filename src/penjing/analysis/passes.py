@@ -13,11 +13,13 @@ from torch import Tensor, fx
 
 from penjing.analysis.operators import CONVOLUTIONS, argument, convolution_form, operator_name
 from penjing.network import graph as flat
-from penjing.network.edits import Call, Edit, ReplaceLayer, SetWeights
+from penjing.network.edits import Call, Edit, MaskWeights, ReplaceLayer, SetWeights
 from penjing.network.network import Network
 
 #: Layers that take a batch norm in, with the positions of weight and bias.
 _LINEAR = {"aten::linear": (1, 2)}
+#: Products, with the positions of input, weight and bias.
+_MATRIX = {"aten::addmm": (1, 2, 0), "aten::mm": (0, 1, None), "aten::matmul": (0, 1, None)}
 _PADS = ("aten::pad", "aten::constant_pad_nd")
 
 
@@ -61,6 +63,47 @@ def fold_pads(network: Network) -> tuple[Edit, ...]:
             folded.append(_call_again(user, arguments))
         folded.append(ReplaceLayer(node=node.name))
     return tuple(folded)
+
+
+def outputs_first(network: Network) -> tuple[Edit, ...]:
+    """Edits that make linear layers of products whose weight is stored (inputs, outputs), as GPT-2's are, and that
+    nothing else reads: the weight keeps its name and is stored (outputs, inputs), its mask as well."""
+    tensors, readers = network.tensors(), _readers(network.graph_module.graph)
+    turned: list[Edit] = []
+    for node in network.graph_module.graph.nodes:
+        places = _MATRIX.get(operator_name(node))
+        if places is None or node.kwargs:
+            continue
+        x, weight = (node.args[i] for i in places[:2])
+        bias = None if places[2] is None else node.args[places[2]]
+        name, constant = _stored_name(weight), _stored_name(bias)
+        if name not in network.parameter_names or readers[name] > 1 or tensors[name].ndim != 2:
+            continue
+        if not isinstance(x, fx.Node) or x.op == "get_attr":
+            continue
+        if bias is not None and (not constant or tensors[constant].ndim != 1):
+            continue
+        arguments = ("%", f"@{name}", f"@{constant}" if constant else None)
+        call = Call(operator=flat.target_name(torch.ops.aten.linear.default), arguments=arguments)
+        held = tensors[name]
+        moved = torch.nn.Parameter(held.detach().T.contiguous(), requires_grad=held.requires_grad)
+        turned.append(ReplaceLayer(node=node.name, calls=(call,), tensors={name: moved}, source=x.name))
+        if name in network.masks:
+            turned.append(MaskWeights(parameter=name, mask=network.masks[name].T.contiguous()))
+    return tuple(sorted(turned, key=lambda e: isinstance(e, MaskWeights)))
+
+
+def _stored_name(node: Any) -> str:
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else ""
+
+
+def simplified(network: Network, *passes: Callable[[Network], tuple[Edit, ...]]) -> tuple[Network, tuple[Edit, ...]]:
+    """The network after passes, one after the other, and all their Edits."""
+    made: tuple[Edit, ...] = ()
+    for each in passes:
+        found = each(network)
+        network, made = (network.apply(found) if found else network), (*made, *found)
+    return network, made
 
 
 def _fold(
@@ -159,4 +202,8 @@ def _takes_padding(user: fx.Node, pad: fx.Node, dimensions: int) -> bool:
     return len(user.args) < 5 or isinstance(user.args[4], list | tuple)
 
 
-PASSES: dict[str, Callable[[Network], tuple[Edit, ...]]] = {"pads": fold_pads, "batch_norms": fold_batch_norms}
+PASSES: dict[str, Callable[[Network], tuple[Edit, ...]]] = {
+    "pads": fold_pads,
+    "outputs_first": outputs_first,
+    "batch_norms": fold_batch_norms,
+}

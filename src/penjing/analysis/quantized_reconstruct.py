@@ -8,7 +8,7 @@ bias makes the mean output right. So every layer also makes up for what the laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,10 +19,11 @@ from torch.nn import functional
 from penjing.analysis.lane import Lane, View
 from penjing.analysis.operators import operator_name
 from penjing.analysis.reconstruct import Layer, find_layers, reconstruct
+from penjing.analysis.twin import gain_between
 from penjing.errors import DataError
 from penjing.network import Network, SetWeights
 from penjing.progress import SILENT, Progress
-from penjing.tensors.gptq import GridRule, Order, gptq
+from penjing.tensors.gptq import GridRule, Order, gptq, gram_error
 from penjing.tensors.grids import Grid, fake_quantize
 from penjing.tensors.least_squares import Moments, constant_of, optimum
 from penjing.tensors.sparse_reconstruction import on_support
@@ -104,6 +105,55 @@ def round_layers(
         (result.values if parameter in rules else result.biases)[parameter] = tensor
     result.errors.update({parameter: error for parameter, (_, error) in found.errors.items()})
     return result
+
+
+@torch.no_grad()
+def round_apart(
+    network: Network,
+    ways: Mapping[str, Sequence[Tensor | GridRule]],
+    batches: list[dict[str, Tensor]],
+    *,
+    rescale: Collection[str] = (),
+    work: float = _WORK,
+    progress: Progress = SILENT,
+) -> dict[str, list[dict[str, Tensor]]]:
+    """What several ways of rounding make of each weight of the float `network`, everything else left as it is: by
+    weight, for each way the new values of the weight and of its layer's bias, which makes the mean output right.
+
+    A way is a tensor (values found already) or a rule, by which `gptq` rounds in the metric of the layer's inputs.
+    Tensors of the weights in `rescale` are multiplied so that each output channel spreads as in the float network. Of
+    weights that `find_layers` leaves out there are the tensors, and the nearest points of the rules' grids.
+    """
+    tensors, found = network.tensors(), dict[str, list[dict[str, Tensor]]]()
+    for name, several in ways.items():
+        plain = Rounded()
+        for way in several:
+            if isinstance(way, Tensor):
+                plain.values[name] = way
+            else:
+                _to_nearest(name, way, tensors[name].detach(), plain, "")
+            found.setdefault(name, []).append({name: plain.values[name]})
+
+    def solve(layer: Layer, moments: Moments, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        shape, kind = tensors[layer.weight].shape, tensors[layer.weight].dtype
+        hessian, _ = optimum(moments, weight, bias=bias)
+        alive = network.masks[layer.weight].view_as(weight) if layer.weight in network.masks else None
+        for changed, way in zip(found[layer.weight], ways[layer.weight], strict=True):
+            if isinstance(way, GridRule):
+                changed[layer.weight] = gptq(hessian, weight, way, alive=alive)[0].view(shape).to(kind)
+            elif layer.weight in rescale:
+                value, covariance = way.double().view_as(weight), moments.centred()[0]
+                spread = [gram_error(covariance, v, torch.zeros_like(v)) for v in (weight, value)]
+                gain = gain_between(*spread)
+                changed[layer.weight] = (value * gain[..., None]).view(shape).to(kind)
+            if layer.bias is not None:
+                constant = constant_of(moments, changed[layer.weight].double().view_as(weight))
+                changed[layer.bias] = constant.flatten().to(kind)
+        return weight, None
+
+    wanted = [layer.weight for layer in find_layers(network) if layer.weight in ways and layer.norm is None]
+    reconstruct(network, network, {}, batches, only=wanted, solve=solve, work=work, progress=progress)
+    return found
 
 
 def _before_the_others(

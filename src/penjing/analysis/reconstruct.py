@@ -324,6 +324,6 @@ def _tensors_of(
 
 def _relative_error(moments: Moments, weight: Tensor) -> float:
     gram, cross = moments.centred()
-    energy = (moments.tt - moments.sum_t.square() / moments.rows).sum()
+    energy = moments.energy.sum()
     error = energy - 2 * (weight.mT * cross).sum() + ((weight @ gram) * weight).sum()
     return float((error / energy.clamp_min(1e-12)).clamp_min(0))

@@ -1,12 +1,13 @@
 """What it costs a network's outputs to have one weight rounded, for every weight and every way of rounding it.
 
 Harm is the mean squared change of the outputs (all floating ones), one weight rounded alone, relative to the outputs'
-own mean square. Harms of several weights add up as far as their errors are small and independent.
+own mean square. Harms of several weights add up as far as their errors are small and independent; `together` says how
+far they are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,36 +17,54 @@ from penjing.analysis.tail import Tails
 from penjing.network.network import Network
 from penjing.progress import SILENT, Progress
 
-Rounded = Mapping[str, Sequence[Tensor]]  #: weight → its values, rounded in each way
+#: Weight → for each way of rounding it, the tensors that then have other values: itself, and perhaps a bias.
+Ways = Mapping[str, Sequence[Mapping[str, Tensor]]]
 Batches = Sequence[Mapping[str, Tensor]]  #: bound inputs
+#: Numbers that are kept of the change of a batch's outputs.
+_KEPT = 4096
 
 
 @torch.no_grad()
-def measured_harms(
-    network: Network, rounded: Rounded, batches: Batches, progress: Progress = SILENT
-) -> dict[str, list[float]]:
-    """Harms as they are, from one run of what lies behind a weight for each weight and way."""
+def measured_changes(network: Network, ways: Ways, batches: Batches, progress: Progress = SILENT) -> dict[str, Tensor]:
+    """By weight what each way does to the outputs, (ways, n) in float64, from one run of what lies behind it for each.
+
+    The sum of squares of a row is that way's harm, products of rows say whether two changes go together. Of many
+    outputs rows are a sketch (Charikar et al. 2002, "Count sketch": random signs, entries that share a place summed),
+    scaled to the true sum of squares.
+    """
     tails = Tails(network, batches)
-    found: dict[str, list[float]] = {}
-    with progress.task("rounding layer after layer", len(rounded)) as advance:
-        for name in sorted(rounded, key=lambda n: tails.position([n])):
-            tail = tails.behind([name])
-            plain = [_floating(tail.run(i, {})) for i in range(len(batches))]
-            size = sum(_square(p) for p in plain)
-            found[name] = []
-            for value in rounded[name]:
-                changed = (_floating(tail.run(i, {name: value})) for i in range(len(batches)))
-                harm = sum(
-                    _square([a - b for a, b in zip(p, c, strict=True)]) for p, c in zip(plain, changed, strict=True)
-                )
-                found[name].append(harm / max(size, 1e-300))
+    found: dict[str, Tensor] = {}
+    signs: dict[int, Tensor] = {}  # by batch: made once
+    with progress.task("rounding layer after layer", len(ways)) as advance:
+        for name in sorted(ways, key=lambda n: tails.position([n])):
+            tail = tails.behind({name}.union(*ways[name]))
+            plain = [_flat(tail.run(i, {})) for i in range(len(batches))]
+            size = sum(_square([p]) for p in plain)
+            rows = []
+            for changed in ways[name]:
+                off = [_flat(tail.run(i, changed)) - p for i, p in enumerate(plain)]
+                rows.append(torch.cat([_sketch(o, i, signs) for i, o in enumerate(off)]))
+            found[name] = torch.stack(rows) / max(size, 1e-300) ** 0.5
             advance(1)
     return found
 
 
+def harms_of(changes: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """The harm of every way, from what `measured_changes` found."""
+    return {name: rows.square().sum(1).tolist() for name, rows in changes.items()}
+
+
+def together(changes: Mapping[str, Tensor], order: Iterable[str]) -> Tensor:
+    """(options, options), the options being all ways of the first weight in `order`, then of the second, …: the sum of
+    a choice's rows and columns is the harm of all its roundings at once, to first order (Deng et al. 2023, "Mixed-
+    precision quantization with cross-layer dependencies")."""
+    rows = torch.cat([changes[name] for name in order])
+    return rows @ rows.mT
+
+
 def expected_harms(
     network: Network,
-    rounded: Rounded,
+    ways: Ways,
     batches: Batches,
     *,
     probes: int = 64,
@@ -60,9 +79,12 @@ def expected_harms(
     √(2 / probes) of a harm; relations between ways of rounding one weight are far more exact.
     """
     tensors = network.tensors()
-    leaves = {name: tensors[name].detach().requires_grad_() for name in rounded}
-    moved = {name: [(value - tensors[name]).detach() for value in ways] for name, ways in rounded.items()}
-    found = {name: [0.0] * len(ways) for name, ways in rounded.items()}
+    leaves = {n: tensors[n].detach().requires_grad_() for n in {n for w in ways.values() for c in w for n in c}}
+    moved = {
+        name: [{n: (value - tensors[n]).detach() for n, value in changed.items()} for changed in several]
+        for name, several in ways.items()
+    }
+    found = {name: [0.0] * len(several) for name, several in ways.items()}
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-probes // len(batches))
     size = 0.0
@@ -71,20 +93,51 @@ def expected_harms(
             for _ in range(rounds):
                 outputs = _floating(functional_call(network.graph_module, leaves, tuple(batch.values())))
                 size += _square(outputs)
-                signs = [torch.randint(0, 2, o.shape, generator=generator).to(o.dtype) * 2 - 1 for o in outputs]
+                signs = [_signs(o.shape, generator).to(o.dtype) for o in outputs]
                 total = torch.stack([(o * s).sum() for o, s in zip(outputs, signs, strict=True)]).sum()
                 gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-                for name, gradient in zip(rounded, gradients, strict=True):
-                    if gradient is not None:
-                        for way, d in enumerate(moved[name]):
-                            found[name][way] += float((gradient * d).sum(dtype=torch.float64)) ** 2
+                by_name = {n: g for n, g in zip(leaves, gradients, strict=True) if g is not None}
+                for name, several in moved.items():
+                    for way, d in enumerate(several):
+                        along = (float((by_name[n] * v).sum(dtype=torch.float64)) for n, v in d.items() if n in by_name)
+                        found[name][way] += sum(along) ** 2
                 advance(1)
-    return {name: [h / max(size, 1e-300) for h in ways] for name, ways in found.items()}
+    return {name: [h / max(size, 1e-300) for h in several] for name, several in found.items()}
+
+
+@torch.no_grad()
+def output_harm(network: Network, other: Network, batches: Batches) -> float:
+    """The mean squared difference of the outputs of `other` from those of `network`, relative to these."""
+    off = size = 0.0
+    for batch in batches:
+        plain, changed = (_flat(n.graph_module(*batch.values())) for n in (network, other))
+        off, size = off + _square([changed - plain]), size + _square([plain])
+    return off / max(size, 1e-300)
 
 
 def _floating(values: Sequence[Tensor]) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
+def _flat(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([v.detach().flatten() for v in _floating(values)])
+
+
 def _square(values: Sequence[Tensor]) -> float:
     return sum(float(v.detach().double().square().sum()) for v in values)
+
+
+def _sketch(values: Tensor, batch: int, signs: dict[int, Tensor]) -> Tensor:
+    """A vector (n,) in at most `_KEPT` numbers, float64, with the same sum of squares."""
+    if len(values) <= _KEPT:
+        return values.double()
+    if batch not in signs:
+        signs[batch] = _signs(values.shape, torch.Generator().manual_seed(batch)).to(torch.int8)
+    padded: Tensor = torch.nn.functional.pad(values * signs[batch], (0, -len(values) % _KEPT))
+    folded = padded.view(-1, _KEPT).sum(0, dtype=torch.float64)
+    scaled: Tensor = folded * (_square([values]) ** 0.5 / folded.norm().clamp(min=1e-300))
+    return scaled
+
+
+def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, shape, generator=generator) * 2 - 1

@@ -70,7 +70,7 @@ def _curve(
     for x, y in zip(inputs, lane.value(layer.node.name), strict=True):
         moments.add(*as_rows(layer, held.shape, x, y, layer.groups, limit, generator))
     constant = layer.bias is not None or layer.norm is not None
-    hessian = damped_hessian(moments.centred()[0] if constant else moments.xx, moments.rows, _DAMPING)
+    hessian = damped_hessian(moments, constant, _DAMPING)
     scale = norm_scale(layer, lane.tensors)
     weight = (held.flatten(1).double() * scale[:, None]).view(layer.groups, -1, held[0].numel())
     alive = network.masks[layer.weight].view_as(weight) if layer.weight in network.masks else None

@@ -166,6 +166,11 @@ def _gain(plain: Tensor, twin: Tensor, channel: int) -> Tensor:
     """What each channel of `twin` is to be multiplied by to spread as that of `plain`; 1 where nothing varies."""
     others = [d for d in range(plain.ndim) if d != channel]
     wanted, found = (x.double().var(others, correction=0) for x in (plain, twin))
+    return gain_between(wanted, found)
+
+
+def gain_between(wanted: Tensor, found: Tensor) -> Tensor:
+    """What channels are to be multiplied by to have the variances `wanted` instead of those `found`, within limits."""
     known = (wanted > 0) & (found > 0)
     gain = torch.where(known, wanted, 1.0).div(torch.where(known, found, 1.0)).sqrt()
     return gain.clamp(1 / _MOST_GAIN, _MOST_GAIN)

@@ -119,6 +119,20 @@ def round_by_outputs(
     )
 
 
+def rule_of(
+    dtype: str, grid: Grid, *, ranges: Ranges = "mse", symmetric: bool = True, shifts: bool = False
+) -> GridRule | None:
+    """How "gptq" finds the grid of a weight that would have `grid` if it were rounded to nearest; None where that is
+    all there is: wide types, binary ones, output channels that do not come first."""
+    if dtype in (*_WIDE, "binary") or grid.axis not in (0, None):
+        return None
+    # Ranges by the outputs' error find scales of their own: powers of two stay what they are with the whole range.
+    kind, ranges = (_ShiftRule, "minmax") if shifts else (GridRule, ranges)
+    low, high = limits(dtype, symmetric)
+    axis: Literal[0] | None = None if grid.axis is None else 0
+    return kind(low, high, axis=axis, group=grid.group, symmetric=symmetric, ranges=ranges)
+
+
 def _by_gptq(
     network: Network,
     weights: Mapping[str, RoundedWeight],
@@ -130,17 +144,13 @@ def _by_gptq(
     shifts: bool,
     progress: Progress,
 ) -> RoundedNetwork:
-    # Ranges by the outputs' error find scales of their own: powers of two stay what they are with the whole range.
-    kind, ranges = (_ShiftRule, "minmax") if shifts else (GridRule, ranges)
     rules, others = {}, {}
     for name, weight in weights.items():
-        axis = weight.grid.axis
-        if weight.dtype in (*_WIDE, "binary") or axis not in (0, None):
+        rule = rule_of(weight.dtype, weight.grid, ranges=ranges, symmetric=symmetric, shifts=shifts)
+        if rule is None:
             others[name] = weight.values
         else:
-            low, high = limits(weight.dtype, symmetric)
-            one = None if axis is None else 0
-            rules[name] = kind(low, high, axis=one, group=weight.grid.group, symmetric=symmetric, ranges=ranges)  # type: ignore[arg-type]
+            rules[name] = rule
     quantizers = [(q.value, q.users, activations[q.grid]) for q in placement.quantizers if q.grid in activations]
     found = round_layers(network, rules, batches, quantizers=quantizers, others=others, progress=progress)
     made = {

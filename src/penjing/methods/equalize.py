@@ -9,7 +9,7 @@ from torch import Tensor
 from penjing.analysis.channel_scales import Link, find_links
 from penjing.analysis.equalization import awq, equalize_weights, smooth
 from penjing.analysis.footprint import footprint
-from penjing.analysis.passes import fold_batch_norms, fold_pads
+from penjing.analysis.passes import fold_batch_norms, fold_pads, outputs_first, simplified
 from penjing.analysis.reconstruct import find_layers
 from penjing.analysis.weight_grids import granularity
 from penjing.errors import DataError, RecipeError
@@ -95,11 +95,9 @@ class Equalize(Step):
             raise RecipeError(
                 "Equalize cannot change a network that is already quantized", hint="put Equalize before Quantize"
             )
-        edits: list[Edit] = []
-        for fold in (fold_pads, fold_batch_norms):
-            folding = fold(network)
-            edits += folding
-            network = network.apply(folding) if folding else network
+        turned = [outputs_first] if self.criterion == "awq" else []
+        network, folding = simplified(network, fold_pads, *turned, fold_batch_norms)
+        edits: list[Edit] = list(folding)
         links = self._links(network)
         before = {n: t.detach() for n, t in network.tensors().items()}
         tensors, notes = dict(before), list[str]()

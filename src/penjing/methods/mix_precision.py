@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from penjing.analysis.footprint import footprint
-from penjing.analysis.rounding_harm import expected_harms, measured_harms
+from penjing.analysis.quantized_reconstruct import round_apart
+from penjing.analysis.rounding_harm import expected_harms, harms_of, measured_changes, output_harm, together
+from penjing.data import Data
 from penjing.errors import DataError, RecipeError
-from penjing.network import Network, QuantizeTensor
+from penjing.network import Network
 from penjing.recipe import Context, Plan, Reason, Step, step
 from penjing.recipe.samples import bound_samples
-from penjing.tensors import grids
-from penjing.tensors.bit_allocation import least_harm
-from penjing.tensors.grids import Grid
+from penjing.recipe.widths import FLOAT, FLOAT_BITS, Cost, Width, Widths, corrects_biases, nearest
+from penjing.runtimes import Target
+from penjing.runtimes.layer_latency import WayLatency, latency_by_way
+from penjing.tensors.bit_allocation import Costs, exchanged, least_harm
 
 _CRITERIA = ("expected", "measured", "range")
+_BUDGETS = ("keep_bits", "keep_bytes", "keep_bops", "keep_latency")
 _BATCH = 32
-#: Fields of a Quantize that would move weights off their float values.
-_PLAIN: dict[str, Any] = {"levels": "uniform", "symmetric": True}
-#: Bits of a float factor of a bit operation.
-_FLOAT = 32
+#: Whole networks that are timed for a budget of latency; the share of the limit that is aimed at when correcting, and
+#: the least share with which one is content.
+_ATTEMPTS, _AIM, _NEARLY = 5, 0.98, 0.95
 
 
 @step
@@ -35,23 +38,31 @@ class MixPrecision(Step):
     The choice does the least harm that a budget allows, solved exactly as an integer programme (Yao et al. 2021,
     "HAWQ-V3", §3.4): `keep_bits` is the mean number of bits of a weight; `keep_bytes` the share of their bytes in
     float32 that all weights keep, scales included (above 1 their number); `keep_bops` the share of the bit operations
-    (multiply-accumulates times bits of weight and activation) of float32. All that are given hold. Harm: `criterion`.
+    (multiply-accumulates times bits of weight and activation) of float32; `keep_latency` the share of the time for one
+    sample on `target`, measured layer by layer in every type and on the whole (`penjing.runtimes.layer_latency`). All
+    that are given hold. The type "float" leaves a layer alone, its inputs too. Harm: `criterion`.
 
     - "expected": the change of the outputs to first order, from `probes` backward passes for all layers together, no
       labels (the Gauss-Newton matrix along the rounding itself; HAWQ-V2, Dong et al. 2020, takes its mean over all
       directions).
     - "measured": the change of the outputs with one layer rounded, one run of the network for each layer and type.
+      These changes also tell which layers' errors go together, and a second choice heeds that.
     - "range": no budget and no samples, a rule: the narrowest type for weights whose largest magnitude is at most
       `wide` times their standard deviation, the widest for the others.
 
-    `samples` are looked at for the harms. What is chosen is quantized as `quantize` says.
+    Layers are rounded for that as `quantize` would round them alone ("gptq" stands for all roundings by outputs), with
+    biases and scales corrected where it corrects them. `samples` are looked at for the harms, and for a last
+    comparison: what was chosen and the widest single type that the budget allows are both quantized as `quantize` says,
+    and the one whose outputs are nearer to the float network's is taken.
     """
 
     quantize: Step
-    weights: list[str] = field(default_factory=lambda: ["int8", "int4", "int2"])
+    weights: list[str] = field(default_factory=lambda: ["int8", "int6", "int4", "int3", "int2"])
     keep_bits: float | None = None
     keep_bytes: float | None = None
     keep_bops: float | None = None
+    keep_latency: float | None = None
+    target: str | None = None
     criterion: str = "expected"
     wide: float = 8.0
     samples: int = 128
@@ -71,10 +82,12 @@ class MixPrecision(Step):
                 hint="for example [int8, int4]",
             )
         for dtype in self.weights:
-            replace(self.quantize, **{"weights": dtype})  # raises for what quantize does not know
-        self.require_between("keep_bits", 0, _FLOAT, open_low=True)
+            if dtype != FLOAT:
+                replace(self.quantize, **{"weights": dtype})  # raises for what quantize does not know
+        self.require_between("keep_bits", 0, FLOAT_BITS, open_low=True)
         self.require_between("keep_bytes", 0, float("inf"), open_low=True)
         self.require_between("keep_bops", 0, 1, open_low=True)
+        self.require_between("keep_latency", 0, 1, open_low=True)
         self.require_one_of("criterion", _CRITERIA)
         self.require_between("wide", 0, float("inf"), open_low=True)
         self.require_whole("samples", 1)
@@ -87,12 +100,18 @@ class MixPrecision(Step):
         if self.criterion != "range" and not self._budgets:
             raise RecipeError(
                 "MixPrecision needs a budget",
-                hint="keep_bits: 4, keep_bytes: 0.15 or keep_bops: 0.02; or criterion: range",
+                hint="keep_bits: 4, keep_bytes: 0.15, keep_bops: 0.02 or keep_latency: 0.8; or criterion: range",
             )
+        if self.keep_latency is not None and self.target is None:
+            raise RecipeError(
+                "MixPrecision.keep_latency needs a target to measure on", hint="for example target='openvino'"
+            )
+        if self.target is not None:
+            Target.parse(self.target)
 
     @property
     def _budgets(self) -> list[str]:
-        return [f for f in ("keep_bits", "keep_bytes", "keep_bops") if getattr(self, f) is not None]
+        return [f for f in _BUDGETS if getattr(self, f) is not None]
 
     def check(self, context: Context) -> None:
         """Harms need samples, and `quantize` what it needs."""
@@ -106,136 +125,240 @@ class MixPrecision(Step):
     def plan(self, network: Network, context: Context) -> Plan:
         """Chooses types; the Plan is that of `quantize` with them."""
         self.check(context)
-        ways = [_way(network, self.quantize, dtype, context) for dtype in self.weights]
-        # Weights of 16 bits that are only looked at stay as they are, but for the folding: the float network.
-        plain = replace(self.quantize, **{f: v for f, v in _PLAIN.items() if hasattr(self.quantize, f)})
-        folded = _way(network, plain, "int16", context).folded
-        layers = [n for n in ways[0].grids if all(n in w.grids for w in ways)]
+        widths = Widths.of(network, self.quantize, self.weights, context)
         if self.criterion == "range":
-            chosen, harms = self._by_range(ways, folded, layers), None
-        else:
-            harms = self._harms(ways, folded, layers, context)
-            chosen = self._by_budget(ways, layers, harms)
-        types = {name: self.weights[i] for name, i in zip(layers, chosen, strict=True)}
-        mixed: dict[str, Any] = {"weights": types}
-        made = replace(self.quantize, **mixed).plan(network, context)
-        sizes = [ways[0].tensors[n].numel() for n in layers]
-        bits = sum(ways[i].bits(n) * s for n, i, s in zip(layers, chosen, sizes, strict=True)) / sum(sizes)
-        counts = ", ".join(f"{chosen.count(i)} {dtype}" for i, dtype in enumerate(self.weights) if i in chosen)
-        notes = (f"{counts}: {bits:.3g} bits a weight", *made.notes)
-        reasons = made.reasons if harms is None else (*made.reasons, *_told(layers, self.weights, harms))
-        return Plan(step=self, edits=made.edits, reasons=reasons, notes=notes)
+            chosen = widths.by_range(self.wide)
+            made = widths.mixed(self.quantize, chosen)
+            return self._told(widths, chosen, None if made is None else made.plan(network, context), (), ())
+        return _Mixer(self, network, context, widths).plan()
 
-    # ------------------------------------------------------------------------------------------------------ choosing
-    def _by_range(self, ways: Sequence[_Way], folded: Network, layers: Sequence[str]) -> list[int]:
-        widths = [max(w.bits(n) for n in layers) for w in ways]
-        narrow, broad = widths.index(min(widths)), widths.index(max(widths))
-        tensors, chosen = folded.tensors(), []
-        for name in layers:
-            weight = tensors[name].detach()
-            spread = float(weight.abs().amax() / weight.std(correction=0).clamp(min=1e-12))
-            chosen.append(broad if spread > self.wide else narrow)
-        return chosen
-
-    def _harms(
-        self, ways: Sequence[_Way], folded: Network, layers: Sequence[str], context: Context
-    ) -> list[list[float]]:
-        batches = bound_samples(folded, context, footprint(folded), self.samples, [], _BATCH)
-        rounded = {n: [w.rounded(n) for w in ways] for n in layers}
-        if self.criterion == "measured":
-            found = measured_harms(folded, rounded, batches, context.progress)
-        else:
-            found = expected_harms(
-                folded, rounded, batches, probes=self.probes, seed=context.seed, progress=context.progress
-            )
-        return [found[n] for n in layers]
-
-    def _by_budget(self, ways: Sequence[_Way], layers: Sequence[str], harms: Sequence[Sequence[float]]) -> list[int]:
-        sizes = {n: ways[0].tensors[n].numel() for n in layers}
-        costs: list[tuple[list[list[float]], float]] = []
-        if self.keep_bits is not None:
-            limit = self.keep_bits * sum(sizes.values())
-            costs.append(([[w.bits(n) * sizes[n] for w in ways] for n in layers], limit))
-        if self.keep_bytes is not None:
-            whole = 4 * sum(sizes.values())
-            limit = self.keep_bytes * (whole if self.keep_bytes <= 1 else 1)
-            costs.append(([[w.bytes(n) for w in ways] for n in layers], limit))
-        if self.keep_bops is not None:
-            macs = footprint(ways[0].folded).by_weight
-            wide = _FLOAT if getattr(self.quantize, "activations", None) is None else _activation_bits(self.quantize)
-            limit = self.keep_bops * sum(macs.get(n, 0) for n in layers) * _FLOAT**2
-            costs.append(([[w.bits(n) * macs.get(n, 0) * wide for w in ways] for n in layers], limit))
-        chosen = least_harm(harms, costs)
-        if chosen is None:
-            least = [sum(min(row) for row in table) / max(1e-300, limit) for table, limit in costs]
-            worst = max(range(len(costs)), key=least.__getitem__)
-            name = self._budgets[worst]
-            raise RecipeError(
-                f"MixPrecision.{name}={getattr(self, name)} cannot be met by {', '.join(self.weights)}",
-                hint=f"the least that can be reached is {getattr(self, name) * least[worst]:.4g}",
-            )
-        return chosen
+    def _told(
+        self,
+        widths: Widths,
+        chosen: Sequence[int],
+        made: Plan | None,
+        notes: Sequence[str],
+        reasons: Sequence[Reason],
+    ) -> Plan:
+        """The plan of `quantize` as this Step's own."""
+        types = [widths.options[n][i] for n, i in zip(widths.layers, chosen, strict=True)]
+        sizes = [widths.size(n) for n in widths.layers]
+        bits = sum(t.bits(n) * s for n, t, s in zip(widths.layers, types, sizes, strict=True)) / sum(sizes)
+        names = [t.dtype for t in types]
+        counts = ", ".join(f"{names.count(dtype)} {dtype}" for dtype in dict.fromkeys(self.weights) if dtype in names)
+        said = (f"{counts}: {bits:.3g} bits a weight", *notes, *(made.notes if made else ()))
+        edits, why = (made.edits, made.reasons) if made else ((), ())
+        return Plan(step=self, edits=edits, reasons=(*why, *reasons), notes=said)
 
 
-@dataclass(frozen=True)
-class _Way:
-    """What a Step makes of all weights with one type: the network without its grids, and the grids."""
+class _Mixer:
+    """One MixPrecision at work on one network."""
 
-    folded: Network
-    tensors: Mapping[str, Tensor]
-    grids: Mapping[str, Grid]
-    uneven: bool
+    def __init__(self, settings: MixPrecision, network: Network, context: Context, widths: Widths) -> None:
+        self.settings, self.network, self.context, self.widths = settings, network, context, widths
+        folded = widths.folded
+        self.batches = bound_samples(folded, context, footprint(folded), settings.samples, [], _BATCH)
+        self.options = [widths.options[n] for n in widths.layers]
+        self.latency = self._latency() if settings.keep_latency is not None else None
 
-    def rounded(self, name: str) -> Tensor:
-        value = self.tensors[name].detach()
-        return value if self.uneven else grids.fake_quantize(value, self.grids[name])
+    def plan(self) -> Plan:
+        costs = self._costs()
+        harms, exchange = self._harms()
+        notes: list[str] = []
+        candidates: dict[str, list[int]] = {}
+        if self.latency is None:
+            chosen = candidates["mixed"] = self._solve(harms, costs)
+            if exchange is not None:
+                candidates["mixed with errors taken together"] = exchange(chosen, list(costs.values()))
+        elif (timed := self._within(harms, costs, self.latency, notes)) is not None:
+            candidates["mixed"] = timed
+        if (single := self._single(costs)) is not None:
+            candidates[f"{single} everywhere"] = self.widths.everywhere(single)
+        if not candidates:
+            self._solve(harms, {b: c for b, c in costs.items() if b != "keep_latency"})  # raises if others are at fault
+            raise self._out_of_reach("keep_latency", self._fastest())
+        chosen, made = self._best(candidates, notes)
+        return self.settings._told(self.widths, chosen, made, notes, self._reasons(harms))
 
-    def bits(self, name: str) -> float:
-        """Bits of a code: the entropy of a code that may be anything, 1.58 for three."""
-        grid = self.grids[name]
-        codes = grid.quant_max - grid.quant_min + 1
-        return 1.0 if codes == 3 and self._binary(name) else float(torch.log2(torch.tensor(float(codes))).item())
-
-    def bytes(self, name: str) -> float:
-        return self.bits(name) * self.tensors[name].numel() / 8 + 4 * self.grids[name].scale.numel()
-
-    def _binary(self, name: str) -> bool:
-        return not bool((self.rounded(name) == 0).any())
-
-
-def _way(network: Network, quantize: Step, dtype: str, context: Context) -> _Way:
-    """`quantize` with all weights of one type, rounded to nearest, without activations: enough to compare types."""
-    plain: dict[str, Any] = {"weights": dtype}
-    plain |= {f: v for f, v in (("rounding", "nearest"), ("activations", None)) if hasattr(quantize, f)}
-    plan = replace(quantize, **plain).plan(network, context)
-    found = {e.tensor: e for e in plan.edits if isinstance(e, QuantizeTensor)}
-    before = [e for e in plan.edits if not isinstance(e, QuantizeTensor)]
-    folded = network.apply(before) if before else network
-    uneven = any(e.levels is not None for e in found.values())
-    return _Way(folded, folded.tensors(), {n: _grid(e) for n, e in found.items()}, uneven)
-
-
-def _grid(edit: QuantizeTensor) -> Grid:
-    scale = torch.as_tensor(edit.scale, dtype=torch.float32)
-    zero = torch.as_tensor(edit.zero_point).expand(scale.shape)
-    return Grid(scale, zero, edit.quant_min, edit.quant_max, edit.axis, edit.group)
-
-
-def _activation_bits(quantize: Step) -> int:
-    kind = str(getattr(quantize, "activations", ""))
-    return int(kind.removeprefix("int")) if kind.startswith("int") else 8  # "dynamic" ones have 8
-
-
-def _told(layers: Sequence[str], types: Sequence[str], harms: Sequence[Sequence[float]]) -> list[Reason]:
-    return [
-        Reason(
-            layer=name.removesuffix(".weight"),
-            score=max(row),
-            choice="harm of each type",
-            why=", ".join(f"{t} {h:.3g}" for t, h in zip(types, row, strict=True)),
+    # ------------------------------------------------------------------------------------------------------ harms
+    def _harms(self) -> tuple[list[list[float]], Callable[[Sequence[int], Costs], list[int]] | None]:
+        """Harms by layer and option; and what makes a choice heed that errors go together, where that is known."""
+        settings, widths, context = self.settings, self.widths, self.context
+        asked = {n: [w.way(n, settings.quantize) for w in widths.options[n]] for n in widths.layers}
+        rescaled = widths.rescaled(settings.quantize)
+        if corrects_biases(settings.quantize) or rescaled:
+            ways = round_apart(widths.folded, asked, self.batches, rescale=rescaled, progress=context.progress)
+        else:  # no rule among them: rounding by outputs corrects biases
+            ways = {n: [{n: cast(Tensor, w)} for w in several] for n, several in asked.items()}
+        for name, options in widths.options.items():  # what stays float keeps its bias
+            ways[name] = [{} if w.dtype == FLOAT else made for w, made in zip(options, ways[name], strict=True)]
+        if settings.criterion == "measured":
+            changes = measured_changes(widths.folded, ways, self.batches, context.progress)
+            gram = together(changes, widths.layers).numpy()
+            found = harms_of(changes)
+            sizes = [len(o) for o in self.options]
+            return [found[n] for n in widths.layers], partial(exchanged, gram, sizes)
+        found = expected_harms(
+            widths.folded,
+            ways,
+            self.batches,
+            probes=settings.probes,
+            seed=context.seed,
+            progress=context.progress,
         )
-        for name, row in zip(layers, harms, strict=True)
-    ]
+        return [found[n] for n in widths.layers], None
+
+    def _reasons(self, harms: Sequence[Sequence[float]]) -> list[Reason]:
+        return [
+            Reason(
+                layer=name.removesuffix(".weight"),
+                score=max(row),
+                choice="harm of each type",
+                why=", ".join(f"{w.dtype} {h:.3g}" for w, h in zip(self.widths.options[name], row, strict=True)),
+            )
+            for name, row in zip(self.widths.layers, harms, strict=True)
+        ]
+
+    # --------------------------------------------------------------------------------------------------- choosing
+    def _costs(self) -> dict[str, Cost]:
+        settings, latency = self.settings, self.latency
+        costs = self.widths.costs(settings.quantize, settings.keep_bits, settings.keep_bytes, settings.keep_bops)
+        if latency is not None:
+            rows = [latency.layers.get(n, (0.0,) * len(settings.weights)) for n in self.widths.layers]
+            table = [list(row[: len(o)]) for row, o in zip(rows, self.options, strict=True)]
+            costs["keep_latency"] = table, self._limit(latency) - latency.constant
+        return costs
+
+    def _limit(self, latency: WayLatency) -> float:
+        return cast(float, self.settings.keep_latency) * latency.whole
+
+    def _solve(self, harms: Sequence[Sequence[float]], costs: Mapping[str, Cost]) -> list[int]:
+        found = least_harm(harms, list(costs.values()))
+        if found is not None:
+            return found
+        least = {f: sum(min(row) for row in table) / max(1e-300, limit) for f, (table, limit) in costs.items()}
+        name = max(least, key=least.__getitem__)
+        raise self._out_of_reach(name, getattr(self.settings, name) * least[name])
+
+    def _out_of_reach(self, name: str, least: float) -> RecipeError:
+        types = ", ".join(self.settings.weights)
+        return RecipeError(
+            f"MixPrecision.{name}={getattr(self.settings, name)} cannot be met by {types}",
+            hint=f"the least that can be reached is {least:.4g}",
+        )
+
+    def _single(self, costs: Mapping[str, Cost]) -> str | None:
+        """The widest type that all layers can have; None if there is none but float."""
+        widest = sorted(
+            (t for t in self.settings.weights if t != FLOAT),
+            key=lambda t: sum(o[i].bits(n) * self.widths.size(n) for n, o, i in self._with(t)),
+            reverse=True,
+        )
+        for dtype in widest:
+            chosen = self.widths.everywhere(dtype)
+            timed = self.latency is None or self._whole(self.latency, dtype) <= self._limit(self.latency)
+            if timed and all(
+                sum(row[i] for row, i in zip(table, chosen, strict=True)) <= limit
+                for budget, (table, limit) in costs.items()
+                if budget != "keep_latency"
+            ):
+                return dtype
+        return None
+
+    def _with(self, dtype: str) -> Iterator[tuple[str, Sequence[Width], int]]:
+        return zip(self.widths.layers, self.options, self.widths.everywhere(dtype), strict=True)
+
+    def _best(self, candidates: Mapping[str, Sequence[int]], notes: list[str]) -> tuple[list[int], Plan | None]:
+        """The choice whose outputs are nearest to the float network's on samples, and its plan."""
+        different: dict[tuple[int, ...], str] = {}
+        for name, chosen in candidates.items():
+            different.setdefault(tuple(chosen), name)
+        plans = {chosen: self._planned(self.settings.quantize, chosen) for chosen in different}
+        errors = dict.fromkeys(plans, 0.0)
+        if len(plans) > 1:
+            drawn = replace(self.context, seed=self.context.seed + 1)  # others than those that rounding looks at
+            size = footprint(self.widths.folded)
+            batches = bound_samples(self.network, drawn, size, self.settings.samples, [], _BATCH)
+            for types, plan in plans.items():
+                errors[types] = output_harm(self.network, self._applied(plan), batches)
+            told = sorted(errors.items(), key=lambda item: item[1])
+            notes.append("relative output error: " + ", ".join(f"{different[c]} {e:.3g}" for c, e in told))
+        best = min(errors, key=errors.__getitem__)
+        return list(best), plans[best]
+
+    def _planned(self, quantize: Step, chosen: Sequence[int]) -> Plan | None:
+        made = self.widths.mixed(quantize, chosen)
+        return None if made is None else made.plan(self.network, self.context)
+
+    def _applied(self, plan: Plan | None) -> Network:
+        return self.network if plan is None else self.network.apply(plan.edits)
+
+    # ---------------------------------------------------------------------------------------------------- latency
+    def _latency(self) -> WayLatency:
+        """Times of the layers and of the whole network in every type; rounding to nearest takes as long as any."""
+        types, quantize = self.settings.weights, self.settings.quantize
+        wholes = [self._applied(self._planned(nearest(quantize), self.widths.everywhere(t))) for t in types]
+        return latency_by_way(
+            self.network,
+            self.widths.folded,
+            self.widths.layers,
+            wholes,
+            [partial(_alone, quantize, dtype) for dtype in types],
+            Target.parse(cast(str, self.settings.target)),
+            self.context.progress,
+        )
+
+    def _fastest(self) -> float:
+        """The least share of the time that one type for all layers takes."""
+        return 1.0 if self.latency is None else min(self.latency.wholes) / self.latency.whole
+
+    def _whole(self, latency: WayLatency, dtype: str) -> float:
+        return latency.wholes[self.settings.weights.index(dtype)]
+
+    def _within(
+        self, harms: Sequence[Sequence[float]], costs: Mapping[str, Cost], latency: WayLatency, notes: list[str]
+    ) -> list[int] | None:
+        """The least harm whose whole network keeps the limit when it is measured; None if no choice tried does.
+
+        What the table is asked for is corrected by what came out.
+        """
+        limit = aim = self._limit(latency)
+        table = costs["keep_latency"][0]
+        tried: dict[tuple[int, ...], float] = {}
+        best: tuple[float, list[int], str] | None = None
+        for _ in range(2 * _ATTEMPTS):
+            found = least_harm(harms, list({**costs, "keep_latency": (table, aim - latency.constant)}.values()))
+            if found is None or len(tried) == _ATTEMPTS:
+                break
+            if tuple(found) in tried:
+                if best is not None:
+                    break
+                aim *= 0.9
+                continue
+            predicted = latency.constant + sum(row[i] for row, i in zip(table, found, strict=True))
+            made = self._planned(nearest(self.settings.quantize), found)
+            taken = tried[tuple(found)] = latency.whole if made is None else latency.measure(self._applied(made))
+            harm = sum(row[i] for row, i in zip(harms, found, strict=True))
+            if taken <= limit and (best is None or harm < best[0]):
+                shares = f"{taken / latency.whole:.1%} measured, {predicted / latency.whole:.1%} predicted"
+                asked = f"at most {limit / latency.whole:.1%} was asked for"
+                best = harm, found, f"latency on {self.settings.target} {shares}; {asked}"
+            if _NEARLY * limit <= taken <= limit:
+                break
+            aim = predicted * _AIM * limit / taken
+        if best is None:
+            return None
+        notes.append(best[2])
+        return best[1]
+
+
+def _alone(quantize: Step, dtype: str, layer: Network) -> Network:
+    """A network of one layer with weights of one type."""
+    if dtype == FLOAT:
+        return layer
+    fields: dict[str, Any] = {"where": "*", "weights": dtype, **({"edges": None} if hasattr(quantize, "edges") else {})}
+    made = nearest(quantize, **fields)
+    return layer.apply(made.plan(layer, Context(original=layer, data=Data([(layer.example(8), None)]))).edits)
 
 
 __all__ = ["MixPrecision"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from penjing.analysis.activation_grids import activation_grids, activation_types
+from penjing.analysis.dynamic_grids import dynamic_edits, dynamic_layers, why_float
 from penjing.analysis.fake_quantize import weight_readers
 from penjing.analysis.footprint import footprint
-from penjing.analysis.grid_edits import activation_edit, dynamic_edits, weight_edit
+from penjing.analysis.grid_edits import activation_edit, weight_edit
 from penjing.analysis.level_grids import LEVELS, check_levels, level_grid
-from penjing.analysis.passes import fold_batch_norms, fold_pads
+from penjing.analysis.passes import fold_batch_norms, fold_pads, outputs_first, simplified
 from penjing.analysis.placement import Layer, Placement, place
 from penjing.analysis.twin import Twin
 from penjing.analysis.weight_grids import SCALES, WEIGHT_TYPES, Scales, granularity, on_grid, shifts, weight_grid
@@ -50,9 +51,9 @@ class Quantize(Step):
     `weights` are "int16", "int8", "int6", "int4", "int3", "int2", "ternary" (-1, 0, 1) or "binary" (-1, 1), or types by
     pattern ({"*": "int4", "head.*": "int8"}: the last that matches; what none matches stays float). `edges` is the type
     of the first and the last layer's weights and inputs, if it is to be another. `activations` are "int16", "int8" or
-    "int4"; "dynamic" finds the inputs' 8-bit grids of linear layers anew in every run, without samples; None stores
-    weights as integers and computes in float. Activations of 4 bits are those that layers read; what only sums, pools
-    and outputs read has 8.
+    "int4"; "dynamic" finds 8-bit grids for what linear layers and LSTMs read anew in every run, without samples; None
+    stores weights as integers and computes in float. Activations of 4 bits are those that layers read; what only sums,
+    pools and outputs read has 8.
 
     `granularity`: a weight scale for each output "channel", for each "group:N" of N neighbouring weights of a row, or
     one for the "tensor". No integer kernel multiplies groups: what reads them computes in float. `symmetric` weights
@@ -177,10 +178,10 @@ class _Planner:
         self.per_channel, self.group = granularity(settings.granularity) or (True, 0)
 
     def plan(self) -> Plan:
-        folding = fold_pads(self.network)
-        folded = self.network.apply(folding) if folding else self.network
-        norms = fold_batch_norms(folded)
-        folded = folded.apply(norms) if norms else folded
+        # What is rounded by outputs, or cut into groups, has its output channels first.
+        turned = [outputs_first] if self.group or self.settings.rounding != "nearest" else []
+        folded, folding = simplified(self.network, fold_pads, *turned)
+        folded, norms = simplified(folded, fold_batch_norms)
         placement = place(
             folded.graph_module,
             floating=[i.name for i in folded.inputs if i.dtype.is_floating_point],
@@ -194,10 +195,12 @@ class _Planner:
                 hint=f"where={self.settings.where!r} selects no layer with weights, or they are integers already",
             )
         self.ends = {layer.node for layer in (placement.layers[0], placement.layers[-1])}
-        made = RoundedNetwork(self._weights(folded, placement), {})
+        readers = self._readers(folded, placement)
+        self.integer = self._integer(folded, placement, readers)
+        tensors = folded.tensors()
+        weights = {name: self._weight(name, tensors[name].detach(), layers) for name, layers in readers.items()}
+        made = RoundedNetwork(weights, self._activations(folded, placement) if self.settings.is_static else {})
         twin: Twin | None = None
-        if self.settings.is_static:
-            made.activations = self._activations(folded, placement)
         if self.settings.rounding != "nearest":
             made = self._by_outputs(folded, placement, made)
         if self.settings.is_static:
@@ -209,8 +212,7 @@ class _Planner:
         edits += [SetWeights(parameter=n, value=v) for n, v in moved(folded.tensors(), made.weights).items()]
         edits += [weight_edit(name, weight.grid, weight.levels) for name, weight in made.weights.items()]
         edits += [activation_edit(q, made.activations[q.grid]) for q in placement.quantizers]
-        if self.settings.activations == "dynamic":
-            edits += dynamic_edits(folded.graph_module.graph, placement, made.weights)
+        edits += dynamic_edits(folded.graph_module.graph, () if self.settings.is_static else self.integer)
         reasons = self._reasons(folded, placement, made.weights, twin)
         return Plan(step=self.settings, edits=tuple(edits), reasons=reasons, notes=self._notes(norms, placement, made))
 
@@ -224,29 +226,36 @@ class _Planner:
             return settings.weights
         return next((t for pattern, t in reversed(settings.weights.items()) if matches(pattern, name)), None)
 
-    def _weights(self, network: Network, placement: Placement) -> dict[str, RoundedWeight]:
-        """Every parameter that only layers read, rounded to nearest; one shared by several layers has one grid."""
+    def _readers(self, network: Network, placement: Placement) -> dict[str, list[Layer]]:
+        """The layers that read each parameter that is to be stored as integers: one that only layers read."""
         readers: dict[str, list[Layer]] = {}
         for layer in placement.layers:
             if layer.parameter is not None:
                 readers.setdefault(layer.parameter, []).append(layer)
         shared = weight_readers(network.graph_module.graph)
-        tensors, found = network.tensors(), {}
-        for name, layers in readers.items():
-            if not shared[name] <= {layer.node for layer in layers}:
-                other = min(shared[name] - {layer.node for layer in layers})
-                self.left |= {layer.node: f"{name} is also used by {other}" for layer in layers}
-                continue
-            dtype = self._type(name, layers)
-            if dtype is None:
-                self.left |= {layer.node: "no pattern of weights matches it" for layer in layers}
-                continue
-            axes = {layer.axis for layer in layers}
-            axis = axes.pop() if len(axes) == 1 and self.per_channel else None
-            found[name] = self._weight(name, tensors[name].detach(), dtype, axis, layers)
-        return found
+        for name, layers in list(readers.items()):
+            others = shared[name] - {layer.node for layer in layers}
+            why = f"{name} is also used by {min(others)}" if others else "no pattern of weights matches it"
+            if others or self._type(name, layers) is None:
+                self.left |= {x.node if x.integer else f"{x.node} ({name})": why for x in layers}
+                del readers[name]
+        return readers
 
-    def _weight(self, name: str, weight: Tensor, dtype: str, axis: int | None, layers: list[Layer]) -> RoundedWeight:
+    def _integer(self, network: Network, placement: Placement, readers: Mapping[str, list[Layer]]) -> Collection[str]:
+        """The layers of which both factors stand on grids, by node."""
+        settings = self.settings
+        uniform = settings.levels == "uniform"
+        if settings.is_static:
+            return {x.node for x in placement.layers if x.integer and (uniform or x.parameter is None)}
+        if settings.activations is None or not uniform:
+            return ()
+        types = {n: cast(str, self._type(n, layers)) for n, layers in readers.items() if not self.group}
+        plain = settings.symmetric or not self.per_channel
+        return dynamic_layers(network.graph_module.graph, placement, types, plain=plain)
+
+    def _weight(self, name: str, weight: Tensor, layers: list[Layer]) -> RoundedWeight:
+        dtype, axes = cast(str, self._type(name, layers)), {layer.axis for layer in layers}
+        axis = axes.pop() if len(axes) == 1 and self.per_channel else None
         settings = self.settings
         ranges = self._ranges(wide=dtype in ("int8", "int16"))
         fixed = settings.scales == "power-of-two"
@@ -266,7 +275,7 @@ class _Planner:
             raise InputError(f"{name} cannot be quantized: {error}", hint="exclude it with where") from error
         eight = dtype == "int8" and not grid.group and settings.activations is not None
         if settings.headroom and settings.symmetric and eight:
-            channels = {x.axis for x in layers if self._in_integers(x) and not x.depthwise}
+            channels = {x.axis for x in layers if x.node in self.integer and not x.depthwise}
             if len(channels) == 1 and (channel := channels.pop()) is not None:
                 return RoundedWeight(dtype, *without_saturation(weight, grid, channel, keep_scale=fixed))
             if channels:  # which values are neighbours differs from layer to layer: any two must fit
@@ -339,26 +348,20 @@ class _Planner:
             twin.run(*together)
         return twin
 
-    def _in_integers(self, layer: Layer) -> bool:
-        """Whether both factors of a layer stand on grids."""
-        dynamic = layer.kind == "linear" if self.settings.activations == "dynamic" else self.settings.is_static
-        return layer.integer and dynamic and self.settings.levels == "uniform"
-
     # ----------------------------------------------------------------------------------------------------- reasons
     def _reasons(
         self, network: Network, placement: Placement, weights: Mapping[str, RoundedWeight], twin: Twin | None
     ) -> tuple[Reason, ...]:
-        tensors, reasons = network.tensors(), []
+        tensors, reasons, inputs = network.tensors(), [], f"{self.settings.activations} inputs"
         for layer in placement.layers:
-            if layer.node in self.left:
+            if layer.parameter is not None and layer.parameter not in weights:
                 continue
-            integer = self._in_integers(layer)
-            words, choice = [], f"{self.settings.activations} inputs" if integer else ""
-            score: float | None = None
+            integer, words, score = layer.node in self.integer, [], None
+            choice = inputs if integer else "float32"
             if layer.parameter is not None:
                 weight = weights[layer.parameter]
                 score = grids.sqnr(tensors[layer.parameter].detach(), weight.values)
-                choice = f"{weight.dtype} weights per {weight.grid.granularity}" + (f", {choice}" if choice else "")
+                choice = f"{weight.dtype} weights per {weight.grid.granularity}" + (f", {inputs}" if integer else "")
                 words.append(f"weights {score:.1f} dB")
                 if self.settings.scales == "power-of-two":
                     words[-1] += f" ({shifts(weight.grid)})"
@@ -367,30 +370,27 @@ class _Planner:
                 if weight.levels is not None:
                     words.append(f"{self.settings.levels} levels: computed in float")
             if twin is not None and layer.integer:
-                words += [
-                    f"inputs {twin.sqnr[s]:.1f} dB" for s in placement.sources.get(layer.node, ()) if s in twin.sqnr
-                ]
+                seen = [twin.sqnr[s] for s in placement.sources.get(layer.node, ()) if s in twin.sqnr]
+                words += [f"inputs {decibels:.1f} dB" for decibels in seen]
                 score = twin.sqnr.get(layer.node, score)
                 words.append(f"output {score:.1f} dB" if score is not None else "")
             elif not integer:
-                words.append(f"{layer.kind}: stored as integers, computed in float")
-            reasons.append(
-                Reason(layer=_title(layer), choice=choice, score=score, why=", ".join(w for w in words if w))
-            )
+                words.append(why_float(layer, dynamic=self.settings.activations == "dynamic"))
+            why = ", ".join(w for w in words if w)
+            reasons.append(Reason(layer=_title(layer), choice=choice, score=score, why=why))
         left = placement.left | self.left
         return (*reasons, *(Reason(layer=n, choice="float32", why=why) for n, why in left.items()))
 
     def _notes(self, norms: tuple[Edit, ...], placement: Placement, made: RoundedNetwork) -> tuple[str, ...]:
         folded = sum(type(e).__name__ == "ReplaceLayer" and not getattr(e, "calls", ()) for e in norms)
-        notes = [f"{folded} batch norms folded"] if folded else []
-        if placement.quantizers:
-            different = len({q.grid for q in placement.quantizers})
-            notes.append(f"{len(placement.quantizers)} activations quantized on {different} grids")
-        if made.rounded:
-            notes.append(f"{len(made.rounded)} of {len(made.weights)} weights rounded by {self.settings.rounding}")
-        if made.biases:
-            notes.append(f"{len(made.biases)} biases corrected")
-        return tuple(notes)
+        placed, different = len(placement.quantizers), len({q.grid for q in placement.quantizers})
+        found = {
+            f"{folded} batch norms folded": folded,
+            f"{placed} activations quantized on {different} grids": placed,
+            f"{len(made.rounded)} of {len(made.weights)} weights rounded by {self.settings.rounding}": made.rounded,
+            f"{len(made.biases)} biases corrected": made.biases,
+        }
+        return tuple(words for words, there in found.items() if there)
 
 
 def _title(layer: Layer) -> str:

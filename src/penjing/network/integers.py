@@ -168,6 +168,16 @@ def quantize_dynamically(graph: fx.Graph, node: fx.Node, place: fx.Node) -> fx.N
 
 
 # --------------------------------------------------------------------------------------------------------- reading
+def dynamically_read(node: fx.Node) -> bool:
+    """Whether the first input of an operator stands on a grid that is found in every run."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or source.target is not decomposed.dequantize_per_tensor.tensor:
+        return False
+    scale = source.args[1]
+    found = scale.args[0] if isinstance(scale, fx.Node) and scale.args else None
+    return isinstance(found, fx.Node) and found.target is decomposed.choose_qparams.tensor
+
+
 def codes_read(node: fx.Node, sources: tuple[str, ...] = ("get_attr",)) -> fx.Node | None:
     """The node (an operation of `sources`) whose stored codes a dequantizing node reads, cut into groups or not; None
     if it reads an activation."""

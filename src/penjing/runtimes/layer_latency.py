@@ -1,4 +1,5 @@
-"""Latency as a cost of channels: a network's layers, measured on a target alone and at several widths.
+"""Latency as a cost of channels, or of the types of weights: a network's layers, measured on a target alone and at
+several widths, or quantized in several ways.
 
 What the layers do not account for (norms, pooling, attention, the runtime's own overhead) counts as constant, so the
 table only leads; what a network takes is always measured on the whole of it, in turns with the original.
@@ -7,7 +8,7 @@ table only leads; what a network takes is always measured on the whole of it, in
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,69 @@ def latency_cost(
     factor = min(1.0, whole / max(full, 1e-12))
     shares = [TableShare(tables[layer.kind], layer.sizes, owners[layer.weight], factor) for layer in layers]
 
-    def measure(smaller: Network) -> float:
+    model = CostModel(whole - factor * full, shares)
+    return Cost(f"latency on {target}", whole, keep * whole, model, _measure(network, whole, target), timed=True)
+
+
+@dataclass(frozen=True)
+class WayLatency:
+    """Milliseconds of one sample on a target: of the `whole` network as it is, of whole networks with all layers in
+    each way (`wholes`), and by weight of each layer in each way (`layers`); `constant` is what layers have no part in.
+    `measure` says what a whole network really takes."""
+
+    whole: float
+    wholes: tuple[float, ...]
+    constant: float
+    layers: Mapping[str, tuple[float, ...]]
+    measure: Callable[[Network], float]
+
+
+def latency_by_way(
+    network: Network,
+    folded: Network,
+    weights: Collection[str],
+    wholes: Sequence[Network],
+    alone: Sequence[Callable[[Network], Network]],
+    target: Target,
+    progress: Progress = SILENT,
+) -> WayLatency:
+    """What the layers of `network` that read `weights` take in several ways, such as quantized.
+
+    `folded` is the network with its batch norms folded, in which its layers are found. `wholes` are whole networks, all
+    layers in one way each; `alone` makes of one layer by itself what it is in that way. A layer alone also pays for
+    what its neighbours would share with it (quantizing its inputs), so each way's layers are scaled to what their whole
+    network takes: networks of one way are right, those in between are led by the table. Layers that cannot stand alone
+    (grouped, transposed, recurrent) take no time in it. Raises MissingExtraError, TargetError.
+    """
+    layers = [layer for layer in _layers(folded) if layer.weight in weights]
+    kinds = {layer.kind: layer for layer in layers}
+    rows: dict[str, list[float]] = {}
+    with _Bench(target) as bench, progress.task(f"timing layers on {target}", len(kinds) + 1) as advance:
+        whole, *several = bench.timed([network, *wholes], _WHOLE)
+        advance(1)
+        nothing = bench.opened(capture(_Nothing(), inputs=(torch.randn(2, 4),), name="nothing"))
+        for kind, layer in kinds.items():
+            single = layer.at(*layer.sizes)
+            rows[kind] = bench.timed([single, *(way(single) for way in alone)], _LAYER, nothing)
+            advance(1)
+    plain, *ways = ([rows[layer.kind][i] for layer in layers] for i in range(len(alone) + 1))
+    constant = max(0.0, whole - sum(plain))
+    factors = [max(w - constant, 0.0) / max(sum(way), 1e-12) for w, way in zip(several, ways, strict=True)]
+    table = {
+        layer.weight: tuple(f * way[i] for f, way in zip(factors, ways, strict=True)) for i, layer in enumerate(layers)
+    }
+    return WayLatency(whole, tuple(several), constant, table, _measure(network, whole, target))
+
+
+def _measure(network: Network, whole: float, target: Target) -> Callable[[Network], float]:
+    """Says what other networks take on `target`, in turns with `network`, which takes `whole`."""
+
+    def measure(other: Network) -> float:
         with _Bench(target) as bench:
-            runs = {"before": bench.opened(network), "after": bench.opened(smaller)}
-            taken = interleave(runs, settings=_WHOLE)
+            taken = interleave({"before": bench.opened(network), "after": bench.opened(other)}, settings=_WHOLE)
         return whole * taken["after"].p50 / taken["before"].p50
 
-    model = CostModel(whole - factor * full, shares)
-    return Cost(f"latency on {target}", whole, keep * whole, model, measure, timed=True)
+    return measure
 
 
 @dataclass(frozen=True)
@@ -170,3 +226,13 @@ class _Bench:
         runs = {f"{r} {c}": self.opened(layer.at(r, c)) for r in rows for c in columns}
         taken = interleave({"nothing": nothing, **runs}, settings=_LAYER)
         return {(r, c): max(taken[f"{r} {c}"].p50 - taken["nothing"].p50, 1e-6) for r in rows for c in columns}
+
+    def timed(
+        self, networks: Sequence[Network], settings: LatencySettings, nothing: Callable[[], object] | None = None
+    ) -> list[float]:
+        """Milliseconds of each network, in turns, less those of running `nothing`; what is there twice runs once."""
+        runs = {str(id(n)): self.opened(n) for n in {id(n): n for n in networks}.values()}
+        if nothing is not None:
+            runs["nothing"] = nothing
+        taken = {name: t.p50 for name, t in interleave(runs, settings=settings).items()}
+        return [max(taken[str(id(n))] - taken.get("nothing", 0.0), 1e-6) for n in networks]

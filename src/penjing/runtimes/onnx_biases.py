@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from penjing.runtimes.onnx_nodes import attribute, dequantize, keep, set_axis
-from penjing.runtimes.onnx_views import VIEWS, constant
+from penjing.runtimes.onnx_views import constant
+from penjing.runtimes.onnx_weights import reads_grid
 
 Array = np.ndarray[Any, Any]
 
@@ -107,7 +108,7 @@ def keep_float(graph: Any) -> None:
     every run, and leaves the weight alone. It has no integer kernel for ConvTranspose and would only round its bias.
     """
     for node in list(graph):
-        if node.op_type not in _KINDS or not _stands_on_grid(node.inputs[0]):
+        if node.op_type not in _KINDS or not reads_grid(node):
             continue
         weight = node.inputs[1].producer()
         integer = weight is not None and weight.op_type == "DequantizeLinear"
@@ -121,14 +122,6 @@ def keep_float(graph: Any) -> None:
             node.resize_inputs(3)
         if bias.dtype == np.float32 and bias.ndim == 1:
             _put_bias(graph, node, np.sign(bias).astype(np.int32), np.where(bias == 0, np.float32(1), np.abs(bias)))
-
-
-def _stands_on_grid(value: Any) -> bool:
-    """Whether a value comes out of a grid, behind views or not."""
-    source = value.producer()
-    while source is not None and source.op_type in VIEWS:
-        source = source.inputs[0].producer()
-    return source is not None and source.op_type == "DequantizeLinear"
 
 
 def _is_stored(value: Any) -> bool:

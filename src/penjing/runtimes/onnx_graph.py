@@ -19,6 +19,7 @@ from penjing.runtimes import onnx_codebooks, onnx_passes
 from penjing.runtimes.base import Widened
 from penjing.runtimes.onnx_activations import translations
 from penjing.runtimes.onnx_passes import Dialect
+from penjing.runtimes.onnx_recurrent import marked
 from penjing.runtimes.onnx_weights import Stored
 from penjing.runtimes.trace import program, quiet, tensor_names
 
@@ -38,7 +39,7 @@ def write(network: Network, path: Path, dialect: Dialect) -> tuple[Widened, ...]
     plain, traced = _translated(network)
     model = ir.from_proto(onnx.load_model_from_string(plain))
     looked_up = onnx_codebooks.look_up(model.graph, onnx_codebooks.shared(network, traced))
-    widened = (*looked_up, *onnx_passes.run(model, dialect, _stored(network, traced)))
+    widened = (*looked_up, *onnx_passes.run(model, dialect, _stored(network, traced), marked(traced)))
     _name_dimensions(model, network)
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     return widened

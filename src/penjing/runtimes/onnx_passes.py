@@ -6,7 +6,7 @@ and to its zero point: the numbers that the codes stand for stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from penjing.runtimes.onnx_activations import clip_codes, dynamic_grids, dynamic
 from penjing.runtimes.onnx_attention import plain_transpositions
 from penjing.runtimes.onnx_biases import bias_to_integers, fit_biases, keep_float
 from penjing.runtimes.onnx_nodes import attribute, dequantize, is_output, keep, replace_all, set_axis
+from penjing.runtimes.onnx_recurrent import integer_lstms
 from penjing.runtimes.onnx_views import carry_grids, constant
 from penjing.runtimes.onnx_weights import Stored, gather, narrow
 
@@ -50,8 +51,11 @@ class Dialect:
     dynamic_products: bool
 
 
-def run(model: Any, dialect: Dialect, weights: Mapping[str, Stored]) -> tuple[Widened, ...]:
-    """All passes, in place; returns what had to be widened. `weights`: see `onnx_weights.gather`."""
+def run(
+    model: Any, dialect: Dialect, weights: Mapping[str, Stored], lstms: Collection[str] = ()
+) -> tuple[Widened, ...]:
+    """All passes, in place; returns what had to be widened. `weights`: see `onnx_weights.gather`; `lstms`: see
+    `onnx_recurrent.marked`."""
     from onnx_ir.passes.common import NameFixPass
 
     graph = model.graph
@@ -63,6 +67,8 @@ def run(model: Any, dialect: Dialect, weights: Mapping[str, Stored]) -> tuple[Wi
     _transpose_integers(graph)
     _fold_pads(graph)
     wide = (*wide_to_float(graph), *dynamic_grids(graph, kernels=dialect.dynamic_products))
+    if dialect.dynamic_products:
+        wide = (*wide, *integer_lstms(graph, lstms, stored, dialect.unsigned_weights))
     if dialect.clipped_codes:
         clip_codes(graph)
     if dialect.unsigned_activations:

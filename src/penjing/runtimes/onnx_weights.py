@@ -6,8 +6,9 @@ product reads them. Codes that fit in 4 bits are stored so, in one of these form
 - DequantizeLinear of int4, for what is computed in float (ONNX Runtime widens it once at loading, OpenVINO multiplies
   it as it is in fully connected layers);
 - Cast to int8 before DequantizeLinear, for integer kernels, which know no 4 bits: the codes are widened at loading;
-- Cast and multiplication by the scales (ONNX Runtime, beside integer layers: it would else dequantize in every run, or
-  multiply 16 bits and groups in kernels that do not know them);
+- Cast and multiplication by the scales (ONNX Runtime, beside integer layers, codes of any width: it would else
+  dequantize in every run, which makes an LSTM 1.6 times slower than in float, or multiply 16 bits and groups in kernels
+  that do not know them);
 - the same by way of int32 (OpenVINO, beside integer layers: it leaves the zero points of transposed convolutions and
   recurrent layers away, and does not open grouped convolutions with scales for groups of their weights);
 - MatMulNBits (ONNX Runtime, large products). Measured on one thread, one row of 2048 × 2048 takes 0.35 ms against 0.57
@@ -135,6 +136,7 @@ def narrow(graph: Any, weights: Mapping[str, Stored], *, products_of_bits: bool)
         if weight is None or codes is None:
             continue
         fits = codes.dtype == np.int8 and -8 <= int(codes.min(initial=0)) and int(codes.max(initial=0)) <= 7
+        users = list(node.outputs[0].uses())
         form = _form(node, codes, integers, products_of_bits, fits, weight)
         if form == "nbits" and _to_bits(graph, node, codes):
             kept = "int4"
@@ -146,6 +148,9 @@ def narrow(graph: Any, weights: Mapping[str, Stored], *, products_of_bits: bool)
             widened[weight.name] = Widened(weight.name, weight.kind, kept, f"no {weight.kind} in the file")
         elif form == "integer" and kept == "int4":
             widened[weight.name] = Widened(weight.name, weight.kind, "int8", "at loading: no 4-bit kernel")
+        elif form != "integer" and any(_transposed_on_grid(u, i) for u, i in users):
+            why = "at loading: no integer kernel for this transposed convolution"
+            widened[weight.name] = Widened(weight.name, weight.kind, "float32", why)
     return tuple(widened.values())
 
 
@@ -173,7 +178,13 @@ def _form(node: Any, codes: Array, integers: bool, products_of_bits: bool, fits:
     products = all(user.op_type in _PRODUCTS and index == 1 for user, index in users)
     if fits and products and codes.ndim == 2 and codes.size >= _NBITS_SIZE:
         return "nbits"
-    return "folded" if integers and (fits or weight.group or codes.dtype == np.int16) else "float"
+    # What integer kernels read as well has to stay as it is.
+    kept = codes.dtype != np.int16 and not blocked and any(_is_integer(u, index, able) for u, index in users)
+    return "folded" if integers and (fits or weight.group or not kept) else "float"
+
+
+def _transposed_on_grid(user: Any, index: int) -> bool:
+    return bool(user.op_type == "ConvTranspose") and index == 1 and reads_grid(user)
 
 
 def _misread(node: Any, weight: Stored) -> bool:
@@ -196,8 +207,14 @@ def _readers(value: Any) -> list[Any]:
 
 
 def _is_integer(user: Any, index: int, able: tuple[str, ...]) -> bool:
-    """Whether an integer kernel multiplies this operand: the other factor stands on a grid, behind views or not."""
-    other = user.inputs[0].producer() if user.op_type in able and index == 1 else None
+    """Whether an integer kernel multiplies this operand; none knows groups of transposed convolutions."""
+    grouped = user.op_type == "ConvTranspose" and attribute(user, "group", 1) > 1
+    return user.op_type in able and index == 1 and not grouped and reads_grid(user)
+
+
+def reads_grid(user: Any) -> bool:
+    """Whether the first factor of a product stands on a grid, behind views or not."""
+    other = user.inputs[0].producer()
     while other is not None and other.op_type in VIEWS:
         other = other.inputs[0].producer()
     return other is not None and other.op_type == "DequantizeLinear"

@@ -41,6 +41,9 @@ _INTEGER_PRODUCTS = frozenset(
     "QLinearConv QLinearMatMul QGemm ConvInteger ConvIntegerToFloat MatMulInteger MatMulIntegerToFloat "
     "DynamicQuantizeMatMul DynamicQuantizeLSTM QAttention".split()
 )
+_FLOAT_OUTPUTS = frozenset(
+    "ConvIntegerToFloat MatMulIntegerToFloat DynamicQuantizeMatMul DynamicQuantizeLSTM MatMulNBits".split()
+)
 _MOVES = frozenset(
     "Clip MaxPool NhwcMaxPool Reshape Transpose Concat Gather Squeeze Unsqueeze Flatten Slice Pad Identity Resize "
     "Split".split()
@@ -101,7 +104,7 @@ def _describe(model: Any) -> list[Executed]:
         kind = node.op_type
         integer = kind in _INTEGER_PRODUCTS or kind.startswith("QLinear")
         moved = kind in _MOVES and bool(node.input) and node.input[0] in codes
-        if kind in ("QuantizeLinear", "DynamicQuantizeLinear") or moved or (integer and not kind.endswith("ToFloat")):
+        if kind in ("QuantizeLinear", "DynamicQuantizeLinear") or moved or (integer and kind not in _FLOAT_OUTPUTS):
             codes.update(node.output[:1])
         rows.append(Executed(op=kind, name=node.name, precision="int8" if integer or moved else "f32"))
     return rows

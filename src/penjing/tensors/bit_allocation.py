@@ -1,10 +1,14 @@
-"""Which width for which layer: the choice of least harm whose costs fit, solved exactly."""
+"""Which width for which layer: the choice of least harm whose costs fit.
+
+Exactly where harms add up, and from there by exchanges where they do not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
@@ -12,9 +16,11 @@ _SCALINGS = 4
 _HOPELESS = 1e4
 
 
-def least_harm(
-    harms: Sequence[Sequence[float]], costs: Sequence[tuple[Sequence[Sequence[float]], float]]
-) -> list[int] | None:
+#: (cost[layer][option], limit) of everything that has a limit.
+Costs = Sequence[tuple[Sequence[Sequence[float]], float]]
+
+
+def least_harm(harms: Sequence[Sequence[float]], costs: Costs) -> list[int] | None:
     """For every layer the index of its option, so that the sum of harms is least and no sum of costs is over its limit.
 
     `harms[layer][option]`; `costs` is a list of (cost[layer][option], limit). Layers may have different numbers of
@@ -63,3 +69,31 @@ def least_harm(
     if found.x is None:
         return None
     return [int(part.argmax()) for part in np.split(found.x, np.cumsum(sizes)[:-1])]
+
+
+def exchanged(together: NDArray[np.float64], sizes: Sequence[int], chosen: Sequence[int], costs: Costs) -> list[int]:
+    """`chosen` after exchanges of one or two layers' options at a time, the best first, as long as one lowers the sum
+    of `together` (options, options; all layers' options one after the other, `sizes` of each) over the rows and columns
+    chosen, and no sum of costs is over its limit.
+
+    A local optimum of the quadratic programme for harms that do not just add up. `chosen` has to fit.
+    """
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    first = np.cumsum([0, *sizes[:-1]])
+    spent = [(np.concatenate([np.asarray(row, dtype=float) for row in table]), limit) for table, limit in costs]
+    now = first + np.asarray(chosen)
+    apart = owner[:, None] != owner[None]
+    while True:
+        old = now[owner]  # by option, what its layer has now
+        single = 2 * (together[:, now].sum(1) - together[old][:, now].sum(1))
+        mixed = together - together[old] - together[:, old] + together[np.ix_(old, old)]
+        single += mixed.diagonal()
+        # A pair in which one layer keeps what it has is an exchange of the other alone.
+        gains = np.where(apart, single[:, None] + single[None] + 2 * mixed, np.inf)
+        for cost, limit in spent:
+            more = cost - cost[old]
+            gains[more[:, None] + more[None] + cost[now].sum() > limit * (1 + 1e-12)] = np.inf
+        a, b = np.unravel_index(int(gains.argmin()), gains.shape)
+        if not gains[a, b] < -1e-9 * abs(together[np.ix_(now, now)].sum()):
+            return [int(n - f) for n, f in zip(now, first, strict=True)]
+        now[owner[[a, b]]] = a, b

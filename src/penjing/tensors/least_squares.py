@@ -16,42 +16,77 @@ from torch import Tensor
 
 from penjing.errors import DataError
 
+#: What may be noise of single precision in inputs, as a share of their mean square.
+_CENTRING = 1e-12
+
 
 class Moments:
     """First and second moments of inputs x (G, rows, D) and targets t (G, rows, O), accumulated over batches.
 
-    G is the number of independent problems (the groups of a grouped convolution; 1 otherwise).
+    G is the number of independent problems (the groups of a grouped convolution; 1 otherwise). Kept about the first
+    batch's means, so that of inputs that hardly vary the variance is not what rounding left of two large numbers (Chan,
+    Golub & LeVeque 1983, "Algorithms for computing the sample variance").
     """
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         self.rows = 0
-        self.sum_x = torch.zeros(groups, inputs, dtype=torch.float64)
-        self.sum_t = torch.zeros(groups, outputs, dtype=torch.float64)
-        self.xx = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
-        self.xt = torch.zeros(groups, inputs, outputs, dtype=torch.float64)
-        self.tt = torch.zeros(groups, outputs, dtype=torch.float64)
+        self._about_x, self._about_t = torch.zeros(groups, inputs), torch.zeros(groups, outputs)
+        self._x = torch.zeros(groups, inputs, dtype=torch.float64)
+        self._t = torch.zeros(groups, outputs, dtype=torch.float64)
+        self._xx = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
+        self._xt = torch.zeros(groups, inputs, outputs, dtype=torch.float64)
+        self._tt = torch.zeros(groups, outputs, dtype=torch.float64)
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add a batch: x (G, rows, D) and t (G, rows, O)."""
         x, t = x.float(), t.float()
+        if not self.rows and x.shape[1]:
+            self._about_x, self._about_t = x.mean(1), t.mean(1)
+        x, t = x - self._about_x[:, None], t - self._about_t[:, None]
         ones = torch.ones(1, x.shape[1])
         self.rows += x.shape[1]
-        self.sum_x += (ones @ x)[:, 0].double()
-        self.sum_t += (ones @ t)[:, 0].double()
-        self.xx += (x.mT @ x).double()
-        self.xt += (x.mT @ t).double()
-        self.tt += (ones @ t.square())[:, 0].double()
+        self._x += (ones @ x)[:, 0].double()
+        self._t += (ones @ t)[:, 0].double()
+        self._xx += (x.mT @ x).double()
+        self._xt += (x.mT @ t).double()
+        self._tt += (ones @ t.square())[:, 0].double()
+
+    @property
+    def sum_x(self) -> Tensor:
+        """(G, D)"""
+        return self._x + self.rows * self._about_x.double()
+
+    @property
+    def sum_t(self) -> Tensor:
+        """(G, O)"""
+        return self._t + self.rows * self._about_t.double()
+
+    @property
+    def xx(self) -> Tensor:
+        """Sums of x xᵀ (G, D, D)."""
+        return self._xx + _outer(self._x, self._about_x) + _outer(self._about_x, self.sum_x)
+
+    @property
+    def xt(self) -> Tensor:
+        """Sums of x tᵀ (G, D, O)."""
+        return self._xt + _outer(self._x, self._about_t) + _outer(self._about_x, self.sum_t)
+
+    @property
+    def energy(self) -> Tensor:
+        """Sums of squares of t about its means (G, O)."""
+        return self._tt - self._t.square() / max(self.rows, 1)
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Covariance sums (G, D, D) and (G, D, O) about the means."""
-        mean = self.sum_x / max(self.rows, 1)
-        return (
-            self.xx - mean[:, :, None] * self.sum_x[:, None, :],
-            self.xt - mean[:, :, None] * self.sum_t[:, None, :],
-        )
+        mean = self._x / max(self.rows, 1)
+        return self._xx - _outer(mean, self._x), self._xt - _outer(mean, self._t)
 
 
-def damped(gram: Tensor, relative: float = 1e-3, absolute: float = 1e-6) -> Tensor:
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return left.double()[:, :, None] * right.double()[:, None, :]
+
+
+def damped(gram: Tensor, relative: float = 1e-3, absolute: float | Tensor = 1e-6) -> Tensor:
     """`gram` (…, D, D) with a share of its mean diagonal, and an absolute floor, added to the diagonal.
 
     The floor matters: a dead channel makes the matrix singular whatever the share.
@@ -78,7 +113,7 @@ def optimum(moments: Moments, weight: Tensor, *, bias: bool, damping: float = 1e
     """
     weight = weight.double()
     gram, cross = moments.centred() if bias else (moments.xx, moments.xt)
-    hessian = damped_hessian(gram, moments.rows, damping)
+    hessian = damped_hessian(moments, bias, damping)
     return hessian, weight + torch.cholesky_solve(cross - gram @ weight.mT, cholesky(hessian)).mT
 
 
@@ -88,9 +123,14 @@ def constant_of(moments: Moments, weight: Tensor) -> Tensor:
     return mean_t - (weight @ mean_x[..., None])[..., 0]
 
 
-def damped_hessian(gram: Tensor, rows: int, damping: float) -> Tensor:
-    """`gram` (G, D, D), a sum over `rows` samples, with what `refit` adds to its diagonal."""
-    return damped(gram.double(), damping, 1e-8 * max(rows, 1))
+def damped_hessian(moments: Moments, bias: bool, damping: float) -> Tensor:
+    """The Gram matrix (G, D, D) of the inputs, about their mean if there is a `bias`, with what `refit` adds to its
+    diagonal."""
+    gram = moments.centred()[0] if bias else moments.xx
+    floor = torch.tensor(1e-8 * max(moments.rows, 1))
+    if bias:  # what varies less than numbers of single precision can show is no information
+        floor = floor + _CENTRING * moments.xx.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    return damped(gram, damping, floor)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from penjing.errors import EditError
+from penjing.network.integers import stored_behind
 
 if TYPE_CHECKING:
     from penjing.network.channels.remove import _Shrinker
@@ -354,7 +355,8 @@ def states(call: Resizing) -> fx.Node | None:
     """Initial states that are constants lose the units that go."""
     back = call.args["w_hh"] if "w_hh" in call.args else call.args["params"][1]
     size = call.shrinker.groups.shapes[back.name][1]
-    classes = call.shrinker.groups.classes_of(str(back.target), 1) if back.op == "get_attr" else None
+    stored = stored_behind(back)
+    classes = None if stored is None else call.shrinker.groups.classes_of(str(stored.target), 1)
     if classes is None or not call.shrinker.gone[classes].any():
         return None
     kept = np.flatnonzero(~call.shrinker.gone[classes])
