@@ -80,7 +80,8 @@ def compress(
     for number, step in enumerate(recipe, 1):
         torch.manual_seed(seed)
         started = time.perf_counter()
-        with _naming(number, step):
+        # A caller's no_grad is not meant for what trains in here.
+        with _naming(number, step), torch.inference_mode(False), torch.enable_grad():
             plan = step.plan(current, context)
             current = current.apply(plan.edits)
         seconds = time.perf_counter() - started

@@ -18,11 +18,13 @@ def test_rows_that_rounding_shrank_are_scaled_back(bias: bool) -> None:
     network, x = convolution(bias), torch.randn(8, 3, 8, 8)
     (layer,) = (n.name for n in network.graph_module.graph.nodes if n.op == "call_function")
     shrunk = torch.tensor([0.8, 0.9, 1.0, 1.1])
-    weight = network.tensors()["weight"].detach()
-    twin = Twin(network.graph_module, {"weight": weight * shrunk.view(-1, 1, 1, 1)}, [], [], rescale={layer: "weight"})
-    plain, made = twin.run(x)
-    torch.testing.assert_close(twin.gains["weight"], 1 / shrunk)
-    torch.testing.assert_close(made[0], plain[0])
+    rounded = {"weight": network.tensors()["weight"].detach() * shrunk.view(-1, 1, 1, 1)}
+    plain, before = Twin(network.graph_module, rounded, [], []).run(x)
+    twin = Twin(network.graph_module, rounded, [], [], rescale={layer: "weight"})
+    after = twin.run(x)[1]
+    # Of eight samples the last hundredths are not believed.
+    torch.testing.assert_close(twin.gains["weight"], 1 / shrunk, rtol=0.02, atol=0)
+    assert (after[0] - plain[0]).square().mean() < 0.02 * (before[0] - plain[0]).square().mean()
     assert not twin.biases
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,17 +156,28 @@ class Twin:
 def _shift(missing: Tensor, channel: int) -> Tensor:
     """The mean of what is `missing` in each channel, as far as the samples (dimension 0) agree on it."""
     others = [d for d in range(1, missing.ndim) if d != channel]
-    missing = missing.mean(others, dtype=torch.float64) if others else missing.double()
-    shift, doubt = missing.mean(0), missing.var(0) / len(missing)
-    # The errors of one sample go together: of what a few samples show, only what exceeds their own spread is bias.
-    return shift * (1.0 - doubt / shift.square().clamp(min=1e-300)).clamp(min=0.0)
+    return _sure(missing.mean(others, dtype=torch.float64) if others else missing.double())
 
 
 def _gain(plain: Tensor, twin: Tensor, channel: int) -> Tensor:
-    """What each channel of `twin` is to be multiplied by to spread as that of `plain`; 1 where nothing varies."""
+    """What each channel of `twin` is to be multiplied by to spread as that of `plain`, as far as the samples (dimension
+    0) agree on it; 1 where nothing varies."""
     others = [d for d in range(plain.ndim) if d != channel]
-    wanted, found = (x.double().var(others, correction=0) for x in (plain, twin))
-    return gain_between(wanted, found)
+    wanted, found = (_energies(x.double(), others) for x in (plain, twin))
+    return gain_between(found.mean(0) + _sure(wanted - found), found.mean(0))
+
+
+def _energies(values: Tensor, others: Sequence[int]) -> Tensor:
+    """The part of each channel's variance that each sample (dimension 0) has, (samples, channels)."""
+    apart = (values - values.mean(tuple(others), keepdim=True)).square()
+    return apart.mean(tuple(others[1:])) if others[1:] else apart
+
+
+def _sure(values: Tensor) -> Tensor:
+    """The mean over the samples (dimension 0), less the more they disagree."""
+    mean, doubt = values.mean(0), values.var(0) / len(values)
+    # The errors of one sample go together: of what a few samples show, only what exceeds their own spread counts.
+    return mean * (1.0 - doubt / mean.square().clamp(min=1e-300)).clamp(min=0.0)
 
 
 def gain_between(wanted: Tensor, found: Tensor) -> Tensor:

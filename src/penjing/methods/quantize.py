@@ -318,8 +318,7 @@ class _Planner:
         dtype, edges = cast(str, settings.activations), settings.edges
         outer = edges if edges in _STATIC and edges is not None else "int8" if edges else dtype
         types = activation_types(placement, dtype, edges=outer, ends=self.ends)
-        narrow = settings.ranges == "auto" and grids.limits(dtype)[1] < 127
-        ranges = "mse" if narrow else "minmax" if settings.ranges == "auto" else settings.ranges
+        ranges = "mse" if settings.ranges == "auto" else settings.ranges
         with self.context.progress.task("looking at activations", settings.count) as advance:
 
             def shown() -> Iterator[Any]:

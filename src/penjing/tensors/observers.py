@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,10 +11,13 @@ from torch import Tensor
 from penjing.tensors.grids import TAIL, Ranges, entropy_cut
 
 BINS = 4096  # on each side of zero
+#: Values of one sample (an index of dimension 0) that a histogram counts; of larger ones it takes so many at random.
+MOST = 8192
 
 
 class Observer:
-    """Exact minimum, maximum and count, and (unless `histogram` is off) a histogram about zero.
+    """Exact minimum, maximum and count, and (unless `histogram` is off) a histogram about zero, of at most `MOST`
+    values of each sample: always the same places, so that batches may be of any size.
 
     The histogram's bins have a width of a power of two: when a larger value arrives, neighbours are merged until it
     fits. So what is seen does not depend on order or size of the batches, and two observers merge without any loss.
@@ -27,7 +31,7 @@ class Observer:
 
     def update(self, x: Tensor) -> None:
         """Adds every value of `x` (any shape, floating)."""
-        x = x.detach().to(torch.float32).flatten()
+        x = x.detach().to(torch.float32)
         if x.numel() == 0:
             return
         low, high = (float(v) for v in torch.aminmax(x))
@@ -40,7 +44,7 @@ class Observer:
         if self._counts is not None:
             self._grow(_exponent(max(abs(low), abs(high))))
             width = 2.0 ** (self._exponent or 0)
-            index = (x.double() / width).floor().to(torch.int64) + BINS
+            index = (_some(x) / width).floor_().to(torch.int32) + BINS  # by a power of two, so exact
             self._counts += torch.bincount(index.clamp_(0, 2 * BINS - 1), minlength=2 * BINS)
         return None
 
@@ -116,6 +120,19 @@ class Observer:
             merged = torch.zeros_like(self._counts)
             merged[BINS // 2 : BINS + BINS // 2] = self._counts.view(-1, 2).sum(1)
             self._counts, self._exponent = merged, self._exponent + 1
+
+
+def _some(x: Tensor) -> Tensor:
+    """At most `MOST` values of each sample, flat."""
+    rows = x.flatten(1) if x.ndim > 1 else x[None]
+    if rows.shape[1] <= MOST:
+        return rows.flatten()
+    return rows[:, _places(rows.shape[1])].flatten()
+
+
+@lru_cache(maxsize=256)
+def _places(values: int) -> Tensor:
+    return torch.randint(values, (MOST,), generator=torch.Generator().manual_seed(0)).sort().values
 
 
 def _exponent(magnitude: float) -> int:
