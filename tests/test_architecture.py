@@ -34,6 +34,8 @@ SHARED = {
         "onnx_weights",
         "onnx_codebooks",
         "onnx_attention",
+        "onnx_biases",
+        "onnx_products",
         "onnx_recurrent",
     },
 }

@@ -225,6 +225,9 @@ class FakeRuntime:
         )
         return Artifact(path=path, runtime="fake", bytes=4, sha256="0", parity=parity)
 
+    def in_float(self, network: pj.Network, path: Path, session: FakeSession) -> dict[str, str]:
+        return {}
+
     def load(self, path: Path, target: Target) -> FakeSession:
         result = "network" in path.name
         return FakeSession("int8" if result else str(target.precision), 0.5 if result else 0.75)

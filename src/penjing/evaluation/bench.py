@@ -93,9 +93,12 @@ class Bench:
             for name in opened
         }
         executed = dict(Counter(each.precision for each in opened[_RESULT][0].executed()))
+        in_float = runtime.in_float(self.network, artifact.path, opened[_RESULT][0])
         row = artifact.row()
         if not references:
-            return TargetResult(target=str(target), result=measured[_RESULT], artifacts=(row,), executed=executed)
+            return TargetResult(
+                target=str(target), result=measured[_RESULT], artifacts=(row,), executed=executed, in_float=in_float
+            )
         fastest = min(references, key=lambda name: timed[name].p50)
         busiest = min(references, key=lambda name: rated[name].p50)
         change = _sizes_change(measured[_RESULT], measured[references[0]])
@@ -112,6 +115,7 @@ class Bench:
             change=change,
             artifacts=(row,),
             executed=executed,
+            in_float=in_float,
         )
 
     def _export(self, network: Network, runtime: str, stem: str) -> Artifact:

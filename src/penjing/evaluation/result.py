@@ -25,7 +25,7 @@ class TargetResult:
     ``uncompressed`` are the baseline's measurements at every float precision that this machine has;
     ``best_uncompressed`` is the fastest of them, which speed is held against; ``baseline`` is the plain one
     (float32). ``change`` holds ratios (result / baseline; result / best for speed) and the paired difference of the
-    metric.
+    metric. ``in_float`` names the layers that stand on integer grids while the runtime executed them in float.
     """
 
     target: str
@@ -36,6 +36,7 @@ class TargetResult:
     change: dict[str, Any] = field(default_factory=dict)
     artifacts: tuple[dict[str, Any], ...] = ()
     executed: dict[str, int] = field(default_factory=dict)
+    in_float: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of ``targets`` in report.json."""
@@ -48,6 +49,7 @@ class TargetResult:
             "change": self.change,
             "artifacts": list(self.artifacts),
             "executed": self.executed,
+            "in_float": self.in_float,
         }
 
 

@@ -12,6 +12,7 @@ from penjing.budget import is_fraction
 Values = Mapping[str, Any]
 MINUS = "−"
 SAME = 0.03
+_NAMED = 12  # layers in one sentence
 _BUSY = 4.0
 
 
@@ -173,8 +174,21 @@ def warnings(target: Values) -> list[str]:
             f"{plain['throughput_batch']} at a time than one by one: its threads waited for each other or for other "
             f"programs. The throughput ratio flatters the result; measure again on {result['runtime']}:threads=1."
         )
+    found += in_float(target)
     found += _doubts(result, change)
     return found
+
+
+def in_float(target: Values) -> list[str]:
+    """The layers on integer grids that a runtime executed in float, a sentence for each arithmetic."""
+    layers: dict[str, list[str]] = {}
+    for layer, precision in (target.get("in_float") or {}).items():
+        layers.setdefault(precision, []).append(layer)
+    return [
+        f"On {target['result']['runtime']} {len(names)} layer{'s' * (len(names) > 1)} on integer grids really ran in "
+        f"{precision}: {', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}."
+        for precision, names in layers.items()
+    ]
 
 
 def _crowded(measurement: Values) -> bool:

@@ -11,6 +11,8 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -140,11 +142,15 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class Executed:
-    """One operation as the runtime really runs it: its own name for the kind, the node, and the arithmetic."""
+    """One operation as the runtime really runs it: its own name for the kind, the node, and the arithmetic.
+
+    `origins`: the nodes of the file that it stands for, where the runtime names them; else `name` is one of them.
+    """
 
     op: str
     name: str
     precision: str
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -237,6 +243,11 @@ class Runtime(ABC):
     def intermediates(self, path: Path, names: Sequence[str], inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Those of the named inner values that the file has, as this runtime computes them."""
 
+    def in_float(self, network: Network, path: Path, session: Session) -> dict[str, str]:
+        """Layers of `network` that stand on integer grids in its file while `session` of it computes them in float, and
+        the arithmetic, as far as the runtime tells. Raises InputError for a damaged file."""
+        return {}
+
     def reference(self, path: Path) -> Session:
         """A session that leaves floats as they are (f32), for comparing."""
         return self._open(path, Target(runtime=self.name, precision="f32"))
@@ -261,7 +272,13 @@ class Runtime(ABC):
         with appearing(final) as aside, progress.task(f"exporting for {self.name}", 2) as advance:
             widened = self._write(network, aside)
             advance(1)
-            parity = verify(self, network, aside, samples=samples)
+            try:
+                parity = verify(self, network, aside, samples=samples)
+            except _Unopened as error:
+                raise ExportError(
+                    f"penjing's file of {network.name} is not one that {self.name} opens: {error.reason}",
+                    hint="this is a fault of penjing's export; please report it. Other runtimes may run the network",
+                ) from error
             advance(1)
             digest = hashlib.sha256(aside.read_bytes()).hexdigest()
             size = aside.stat().st_size
@@ -297,10 +314,26 @@ class Runtime(ABC):
         return found
 
     def _damaged(self, path: Path, error: Exception) -> InputError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-        return InputError(
-            f"{self.name} cannot open {path.name!r}: {reason}", hint="the file is damaged or not one of its kind"
-        )
+        return _Unopened(self.name, path, _reason(error, path))
+
+
+class _Unopened(InputError):
+    """A file that its runtime does not open, and why in the runtime's words."""
+
+    def __init__(self, runtime: str, path: Path, reason: str) -> None:
+        self.reason = reason
+        message = f"{runtime} cannot open {path.name!r}: {reason}"
+        super().__init__(message, hint="the file is damaged or not one of its kind")
+
+
+_PREAMBLE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """The last line of what a runtime says, without codes and the path that the caller knows, cut between words."""
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    last = _PREAMBLE.sub("", last).replace(f"Load model from {path} failed:", "").replace(str(path), "the file")
+    return textwrap.shorten(last, 300, placeholder=" …")
 
 
 RUNTIMES: Registry[Runtime] = Registry("runtime", error=TargetError)

@@ -15,6 +15,7 @@ import numpy as np
 from penjing.runtimes.base import Widened
 from penjing.runtimes.onnx_activations import clip_codes, dynamic_grids, dynamic_products, wide_to_float
 from penjing.runtimes.onnx_attention import plain_transpositions
+from penjing.runtimes.onnx_biases import bias_to_integers, fit_biases, keep_float
 from penjing.runtimes.onnx_nodes import attribute, dequantize, is_output, keep, replace_all, set_axis
 from penjing.runtimes.onnx_recurrent import integer_lstms
 from penjing.runtimes.onnx_views import carry_grids, constant
@@ -32,7 +33,8 @@ class Dialect:
     `unsigned_activations`: int8 grids of activations become uint8.
     `unsigned_weights(codes, depthwise) -> bool`: whether these int8 weights (outputs, inputs, taps …) become uint8
     (zero point 128).
-    `integer_bias`: the bias of an integer Gemm becomes int32 on the grid of its products (ONNX Runtime needs that).
+    `integer_bias`: biases fit into int32 on the grid of their products, and that of an integer Gemm is written so; what
+    stays float is kept from being rounded at loading (ONNX Runtime needs all that).
     `carried_grids`: what only moves values gets its inputs' grid behind it as well (ONNX Runtime needs that).
     `products_of_bits`: large products with 4-bit weights become MatMulNBits (ONNX Runtime has it).
     `clipped_codes`: activations on fewer than 8 bits are clipped as integers, not before they are rounded (ONNX Runtime
@@ -54,6 +56,8 @@ def run(
 ) -> tuple[Widened, ...]:
     """All passes, in place; returns what had to be widened. `weights`: see `onnx_weights.gather`; `lstms`: see
     `onnx_recurrent.marked`."""
+    from onnx_ir.passes.common import NameFixPass
+
     graph = model.graph
     _forget_origins(model)
     stored = gather(graph, weights)
@@ -73,12 +77,16 @@ def run(
         carry_grids(graph)  # before what follows, which looks for products that read a grid, views or not
     _weights(graph, dialect)
     if dialect.integer_bias:
-        _bias_to_integers(graph)
+        fit_biases(graph)
+        bias_to_integers(graph)
     _sweep(model)
     widened = narrow(graph, stored, products_of_bits=dialect.products_of_bits)
     if dialect.dynamic_products:
         dynamic_products(graph)
+    if dialect.integer_bias:
+        keep_float(graph)
     _sweep(model)
+    NameFixPass()(model)  # of a layer that is used twice all that was made has the same names twice
     return (*wide, *widened)
 
 
@@ -305,40 +313,6 @@ def _outputs_first(node: Any, codes: Array) -> Array:
     if node.op_type == "ConvTranspose":
         return codes.swapaxes(0, 1)
     return codes[None] if codes.ndim < 2 else codes.swapaxes(-1, -2).reshape(-1, codes.shape[-2])
-
-
-def _bias_to_integers(graph: Any) -> None:
-    """float bias of a Gemm with integer factors → int32 in steps of (activation step · weight step), if it fits.
-
-    The rounding is at most half of the smallest change that any product can make.
-    """
-    for node in list(graph):
-        if node.op_type != "Gemm" or len(node.inputs) < 3:
-            continue
-        factors = [v.producer() for v in node.inputs[:2]]
-        bias = constant(node.inputs[2])
-        if bias is None or bias.dtype != np.float32 or bias.ndim != 1:
-            continue
-        if any(f is None or f.op_type != "DequantizeLinear" or attribute(f, "block_size", 0) for f in factors):
-            continue
-        if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
-            continue
-        steps = [constant(f.inputs[1]) for f in factors]
-        if steps[0] is None or steps[1] is None or steps[0].ndim:
-            continue
-        step = (steps[0].astype(np.float64) * steps[1].astype(np.float64)).astype(np.float32)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            codes = np.rint(bias.astype(np.float64) / step)
-        if not np.isfinite(codes).all() or np.abs(codes).max(initial=0) >= 2**31 - 1:
-            continue
-        name = f"{node.outputs[0].name}_bias"  # a bias shared by layers has other steps in each
-        made = dequantize(
-            [keep(graph, f"{name}_codes", codes.astype(np.int32)), keep(graph, f"{name}_scale", step)], node
-        )
-        made.outputs[0].name, made.outputs[0].shape = f"{name}_float", node.inputs[2].shape
-        set_axis(made, 0)
-        graph.insert_before(node, made)
-        node.replace_input_with(2, made.outputs[0])
 
 
 def _sweep(model: Any) -> None:

@@ -7,7 +7,10 @@ product reads them. Codes that fit in 4 bits are stored so, in one of these form
   it as it is in fully connected layers);
 - Cast to int8 before DequantizeLinear, for integer kernels, which know no 4 bits: the codes are widened at loading;
 - Cast and multiplication by the scales (ONNX Runtime, beside integer layers, codes of any width: it would else
-  dequantize in every run, which makes an LSTM 1.6 times slower than in float);
+  dequantize in every run, which makes an LSTM 1.6 times slower than in float, or multiply 16 bits and groups in kernels
+  that do not know them);
+- the same by way of int32 (OpenVINO, beside integer layers: it leaves the zero points of transposed convolutions and
+  recurrent layers away, and does not open grouped convolutions with scales for groups of their weights);
 - MatMulNBits (ONNX Runtime, large products). Measured on one thread, one row of 2048 × 2048 takes 0.35 ms against 0.57
   in float, but 64 × 172 takes 6 µs against 4: small ones stay float products. It computes in float
   (accuracy_level 1); with 2 or 8 bits it is 20 times slower than a float product, so those are never written.
@@ -26,10 +29,11 @@ from penjing.runtimes.onnx_nodes import attribute, dequantize, is_output, keep, 
 from penjing.runtimes.onnx_views import VIEWS, constant
 
 Array = np.ndarray[Any, Any]
-Form = Literal["float", "integer", "folded", "nbits"]
+Form = Literal["float", "integer", "folded", "whole", "nbits"]
 
 _PRODUCTS = ("MatMul", "Gemm")
 _INTEGER = ("Conv", "MatMul", "Gemm")
+_SYMMETRIC = ("ConvTranspose", "LSTM", "GRU", "RNN")  # whose zero points OpenVINO leaves away
 _NBITS_SIZE = 2**16  # weights from which MatMulNBits is worth it
 _BLOCKS = (256, 128, 64, 32, 16)  # what MatMulNBits takes
 
@@ -121,7 +125,7 @@ def narrow(graph: Any, weights: Mapping[str, Stored], *, products_of_bits: bool)
     `products_of_bits`: whether the runtime has MatMulNBits, and dequantizes in every run beside integer layers (ONNX
     Runtime).
     """
-    integers = any(node.op_type == "QuantizeLinear" for node in graph)
+    integers = any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in graph)
     stored = {w.name: w for w in weights.values()}
     widened: dict[str, Widened] = {}
     for node in list(graph):
@@ -138,7 +142,9 @@ def narrow(graph: Any, weights: Mapping[str, Stored], *, products_of_bits: bool)
             kept = "int4"
         else:
             kept = _rewrite(graph, node, codes, "float" if form == "nbits" else form, fits)
-        if weight.kind not in (kept, "int8"):
+        if form == "whole":
+            widened[weight.name] = Widened(weight.name, weight.kind, "float32", "at loading: no integer kernel for it")
+        elif weight.kind not in (kept, "int8"):
             widened[weight.name] = Widened(weight.name, weight.kind, kept, f"no {weight.kind} in the file")
         elif form == "integer" and kept == "int4":
             widened[weight.name] = Widened(weight.name, weight.kind, "int8", "at loading: no 4-bit kernel")
@@ -163,6 +169,8 @@ def _form(node: Any, codes: Array, integers: bool, products_of_bits: bool, fits:
     users = list(node.outputs[0].uses())
     blocked = bool(attribute(node, "block_size", 0))
     able = _INTEGER if products_of_bits else (*_INTEGER, "ConvTranspose")
+    if not products_of_bits and integers and codes.dtype == np.int8 and _misread(node, weight):
+        return "whole"
     if codes.dtype != np.int16 and not blocked and users and all(_is_integer(u, index, able) for u, index in users):
         return "integer"
     if not products_of_bits:
@@ -176,16 +184,35 @@ def _form(node: Any, codes: Array, integers: bool, products_of_bits: bool, fits:
 
 
 def _transposed_on_grid(user: Any, index: int) -> bool:
-    return bool(user.op_type == "ConvTranspose") and index == 1 and _reads_grid(user)
+    return bool(user.op_type == "ConvTranspose") and index == 1 and reads_grid(user)
+
+
+def _misread(node: Any, weight: Stored) -> bool:
+    """Whether OpenVINO, beside integer layers, would leave away this weight's zero points or fail at its groups."""
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    readers = _readers(node.outputs[0])
+    if weight.group and any(user.op_type == "Conv" and attribute(user, "group", 1) > 1 for user in readers):
+        return True
+    return zero is not None and bool(zero.any()) and any(user.op_type in _SYMMETRIC for user in readers)
+
+
+def _readers(value: Any) -> list[Any]:
+    """The nodes that compute with a value, behind those that only move it."""
+    found: list[Any] = []
+    for user, _ in value.uses():
+        rows = user.op_type == "Gather" and constant(user.inputs[1]) is not None
+        moves = rows or user.op_type in VIEWS or user.op_type in ("Concat", "Split")
+        found += [n for output in user.outputs for n in _readers(output)] if moves else [user]
+    return found
 
 
 def _is_integer(user: Any, index: int, able: tuple[str, ...]) -> bool:
     """Whether an integer kernel multiplies this operand; none knows groups of transposed convolutions."""
     grouped = user.op_type == "ConvTranspose" and attribute(user, "group", 1) > 1
-    return user.op_type in able and index == 1 and not grouped and _reads_grid(user)
+    return user.op_type in able and index == 1 and not grouped and reads_grid(user)
 
 
-def _reads_grid(user: Any) -> bool:
+def reads_grid(user: Any) -> bool:
     """Whether the first factor of a product stands on a grid, behind views or not."""
     other = user.inputs[0].producer()
     while other is not None and other.op_type in VIEWS:
@@ -196,8 +223,8 @@ def _reads_grid(user: Any) -> bool:
 def _rewrite(graph: Any, node: Any, codes: Array, form: Form, fits: bool) -> str:
     """Writes codes in a form; returns the type that the file holds them in."""
     name = node.inputs[0].name
-    if form == "folded":
-        _multiply(graph, node, codes, fits)
+    if form in ("folded", "whole"):
+        _multiply(graph, node, codes, fits, whole=form == "whole")
     elif fits and form == "integer":
         node.replace_input_with(0, _cast(graph, node, _four_bits(graph, name, codes), np.dtype(np.int8)))
     elif fits:
@@ -228,8 +255,11 @@ def _cast(graph: Any, node: Any, value: Any, dtype: np.dtype[Any]) -> Any:
     return made.outputs[0]
 
 
-def _multiply(graph: Any, node: Any, codes: Array, fits: bool) -> None:
-    """DequantizeLinear → (Cast - zero point) · scale, which a runtime folds into one float constant at loading."""
+def _multiply(graph: Any, node: Any, codes: Array, fits: bool, *, whole: bool) -> None:
+    """DequantizeLinear → (Cast - zero point) · scale, which a runtime folds into one float constant at loading.
+
+    `whole`: the difference is one of int32, so that OpenVINO sees no grid in it.
+    """
     import onnx_ir as ir
 
     scale, real = constant(node.inputs[1]), node.outputs[0]
@@ -239,12 +269,12 @@ def _multiply(graph: Any, node: Any, codes: Array, fits: bool) -> None:
     axis, block = attribute(node, "axis", 1) % max(codes.ndim, 1), attribute(node, "block_size", 0)
     cut = codes.reshape(*codes.shape[:axis], -1, block, *codes.shape[axis + 1 :]) if block else codes
     kept = (_four_bits if fits else keep)(graph, f"{node.inputs[0].name}.cut" if block else node.inputs[0].name, cut)
-    current = _cast(graph, node, kept, np.dtype(np.float32))
+    current = _cast(graph, node, kept, np.dtype(np.int32 if whole else np.float32))
 
     def then(kind: str, word: str, numbers: Array) -> None:
         nonlocal current
         made = ir.Node("", kind, [current, keep(graph, f"{node.name}_{word}", numbers)], name=f"{node.name}_{kind}")
-        made.outputs[0].name, made.outputs[0].type = f"{real.name}_{word}", real.type
+        made.outputs[0].name, made.outputs[0].type = f"{real.name}_{word}", current.type
         graph.insert_before(node, made)
         current = made.outputs[0]
 
@@ -252,7 +282,9 @@ def _multiply(graph: Any, node: Any, codes: Array, fits: bool) -> None:
         return np.expand_dims(numbers, axis + 1) if block else _spread(numbers, node, codes.shape)
 
     if zero is not None and zero.any():
-        then("Sub", "zeros", broad(zero.astype(np.float32)))
+        then("Sub", "zeros", broad(zero.astype(np.int32 if whole else np.float32)))
+    if whole:
+        current = _cast(graph, node, current, np.dtype(np.float32))
     then("Mul", "scales", broad(scale))
     if block:
         then("Reshape", "shape", np.array(codes.shape, dtype=np.int64))

@@ -20,6 +20,7 @@ import torch
 from penjing.runtimes import onnx_graph
 from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, Widened, register
 from penjing.runtimes.onnx_passes import Dialect
+from penjing.runtimes.onnx_products import in_float
 from penjing.tensors.saturation import may_saturate
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _TYPES = {
 }
 _INTEGER_PRODUCTS = frozenset(
     "QLinearConv QLinearMatMul QGemm ConvInteger ConvIntegerToFloat MatMulInteger MatMulIntegerToFloat "
-    "DynamicQuantizeMatMul DynamicQuantizeLSTM QAttention MatMulNBits".split()
+    "DynamicQuantizeMatMul DynamicQuantizeLSTM QAttention".split()
 )
 _FLOAT_OUTPUTS = frozenset(
     "ConvIntegerToFloat MatMulIntegerToFloat DynamicQuantizeMatMul DynamicQuantizeLSTM MatMulNBits".split()
@@ -70,6 +71,7 @@ class OrtSession(Session):
     def __init__(self, source: Path | bytes, target: Target) -> None:
         self._source = source
         self._session = _session(source, target.thread_count)
+        self._options = _silent()
         ports = [
             Port(i.name, _shape(i.shape), np.dtype(_TYPES.get(i.type, np.float32))) for i in self._session.get_inputs()
         ]
@@ -77,7 +79,7 @@ class OrtSession(Session):
         self._executed: list[Executed] | None = None
 
     def _run(self, inputs: Mapping[str, Array]) -> list[Array]:
-        result: list[Array] = self._session.run(None, dict(inputs))
+        result: list[Array] = self._session.run(None, dict(inputs), self._options)
         return result
 
     @property
@@ -124,6 +126,15 @@ def _session(source: Path | bytes, threads: int, optimized: Path | None = None) 
     return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
 
+def _silent() -> Any:
+    """Options of a run that leave what fails to the exception, and off the user's screen."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return options
+
+
 _QUANTIZE = b"\x0eQuantizeLinear"  # with its length: not the end of DynamicQuantizeLinear
 
 
@@ -156,6 +167,9 @@ class OnnxRuntime(Runtime):
             return OrtSession(path, target)
         except Exception as error:  # onnxruntime's own exceptions share no base but Exception
             raise self._damaged(path, error) from error
+
+    def in_float(self, network: Network, path: Path, session: Session) -> dict[str, str]:
+        return in_float(path, session, network.code_kinds())
 
     def trace(self, network: Network) -> torch.export.ExportedProgram:
         return onnx_graph.decomposed(network)

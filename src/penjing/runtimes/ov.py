@@ -20,6 +20,7 @@ from penjing.errors import ExportError
 from penjing.runtimes import onnx_graph
 from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, Widened, register
 from penjing.runtimes.onnx_passes import Dialect
+from penjing.runtimes.onnx_products import in_float
 
 if TYPE_CHECKING:
     from penjing.network import Network
@@ -115,12 +116,14 @@ class OpenVinoSession(Session):
                 info = {k: str(v.astype(str)) for k, v in node.get_rt_info().items() if k in _WANTED}
                 kind = info.get("layerType", node.get_type_name())
                 if kind not in _NO_WORK:
-                    rows.append(Executed(op=kind, name=node.get_friendly_name(), precision=_precision(info)))
+                    origins = tuple(info.get("originalLayersNames", "").split(","))
+                    name = node.get_friendly_name()
+                    rows.append(Executed(op=kind, name=name, precision=_precision(info), origins=origins))
             self._executed = rows
         return list(self._executed)
 
 
-_WANTED = ("layerType", "runtimePrecision", "primitiveType")
+_WANTED = ("layerType", "runtimePrecision", "primitiveType", "originalLayersNames")
 
 
 def _precision(info: Mapping[str, str]) -> str:
@@ -169,7 +172,7 @@ class OpenVino(Runtime):
             refused = re.search(r"Conversion is failed for: (.+)", str(error))
             if refused:
                 raise ExportError(
-                    f"openvino has no translation for these operators of {path.name!r}: {refused[1]}",
+                    f"openvino has no translation for these operators of the file: {refused[1]}",
                     hint="other runtimes may run this network: onnxruntime, torch",
                 ) from error
             raise self._damaged(path, error) from error
@@ -177,6 +180,9 @@ class OpenVino(Runtime):
     def float_precisions(self) -> tuple[str, ...]:
         able = self.need().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return tuple(p for p, word in _CAPABILITIES.items() if p == "f32" or word in able)
+
+    def in_float(self, network: Network, path: Path, session: Session) -> dict[str, str]:
+        return in_float(path, session, network.code_kinds())
 
     def trace(self, network: Network) -> torch.export.ExportedProgram:
         return onnx_graph.decomposed(network)

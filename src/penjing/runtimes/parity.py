@@ -15,6 +15,7 @@ the first that departs names the layer.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +106,12 @@ def verify(runtime: Verifiable, network: Network, path: Path, *, samples: Any = 
             found.append(session.run(_arrays(flat)))
         except PenjingError:
             raise
-        except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [""])[0][:300]
-            raise ParityError(f"{network.name} was exported, but {runtime.name} cannot run it: {reason}") from error
+        except Exception as error:  # onnxruntime's own exceptions share no base but Exception
+            reason = textwrap.shorten((str(error).strip().splitlines() or [""])[0], 300, placeholder=" …")
+            raise ParityError(
+                f"{network.name} was exported, but {runtime.name} cannot run it: {reason}",
+                hint="other runtimes may run this network",
+            ) from error
     names = network.output_names
     for index, name in enumerate(names):
         for want, got in zip(expected, found, strict=True):
@@ -135,11 +139,16 @@ def verify(runtime: Verifiable, network: Network, path: Path, *, samples: Any = 
             f"output '{names[worst]}' of {network.name} in {runtime.name} departs from the network's own: "
             f"{_WORDS[measure]} {gaps[worst].of(measure):.3g} (largest difference {gaps[worst].max_abs:.3g}), "
             f"allowed {tolerance:.3g}" + (f"; it departs first {place}" if place else ""),
-            hint="leave that layer out of the step that changed it, or export for another runtime",
+            hint=_HINTS[measure],
         )
     return parity
 
 
+_HINTS = {
+    "max_rel": "leave that layer out of the step that changed it, or export for another runtime",
+    "rms_rel": "more samples, another `symmetric` or `granularity` of the step that quantized it, that layer left out "
+    "of it (where), or another runtime",
+}
 _WORDS = {"max_rel": "relative difference", "rms_rel": "relative RMS difference"}
 
 
