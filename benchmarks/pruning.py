@@ -48,8 +48,8 @@ CHANNELS: dict[str, dict[str, Any]] = {
     "obs, block-wise": OBS,
 }
 FINETUNE: dict[str, Any] = {
-    "teacher": "original", "alpha": 1.0, "hints": 150, "augment": "flip-crop", "precision": "bf16", "lr": 0.05,
-    "weight_decay": 1e-4, "epochs": 6,
+    "teacher": "original", "alpha": 1.0, "hints": 150, "augment": "flip-crop", "precision": "bf16", "lr": 0.1,
+    "weight_decay": 5e-4, "epochs": 6, "average": 0.998,
 }  # fmt: skip
 WEIGHTS: list[dict[str, Any]] = [
     {"sparsity": s, "criterion": c} for s in (0.7, 0.9) for c in ("magnitude", "sparsegpt", "obc")
@@ -146,7 +146,7 @@ def finetuned(data: Path) -> Iterator[dict[str, Any]]:
     network = captured("resnet56")
     looked, tested = sets_of("resnet56")
     for keep_macs in (0.476, 0.389):
-        row, small = row_of("resnet56", network, pj.PruneChannels(keep_macs=keep_macs, where=INNER, **OBS))
+        row, small = row_of("resnet56", network, pj.PruneChannels(keep_macs=keep_macs, block_steps=600, **OBS))
         yield {"what": "pruned", **row}
         finetune = pj.Finetune(**FINETUNE)
         start, used = time.perf_counter(), time.process_time()

@@ -32,13 +32,15 @@ SETS = {
     "squeezenet": ("imagenet_sample", "imagenet_sample"),
 }
 NETWORKS = ("resnet20", "resnet32", "resnet56", "resnet8", "resnet20b", "dscnn", "lenet5", "squeezenet")
+#: Networks of well-known shapes with random weights: for time only.
+SHAPES = ("resnet50", "mobilenet_v2")
 SAMPLES = 300
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--only", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--only", nargs="+", default=[*NETWORKS, *SHAPES], choices=[*NETWORKS, *SHAPES])
     parser.add_argument("--peers", type=Path, help="python of an environment with nncf, openvino, onnx, onnxruntime")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="timing of each network")
@@ -79,21 +81,15 @@ def main() -> None:
 
 def make(name: str, folder: Path, fields: dict[str, Any]) -> dict[str, float]:
     """float.onnx, calibration.npy and penjing's own .onnx for both runtimes."""
-    import hub
-    import torch
-
     from penjing.data import Data
     from penjing.methods.quantize import Quantize
     from penjing.network import capture
     from penjing.recipe import Context
     from penjing.runtimes import get_runtime
 
-    train = getattr(hub, SETS.get(name, ("cifar10_train10k",))[0])()
-    # In sets that are ordered by class, a stride looks at all of them.
-    order = torch.arange(SAMPLES) * (len(train) // SAMPLES)
-    samples = train.tensors[0][order].contiguous()
+    model, samples = example_of(name)
     np.save(folder / "calibration.npy", samples.numpy())
-    network = capture(getattr(hub, name)(), inputs=(samples[:2],))
+    network = capture(model, inputs=(samples[:2],))
     get_runtime("onnxruntime").export(network, folder / "float.onnx")
     start = time.perf_counter()
     data = Data(samples)
@@ -104,6 +100,25 @@ def make(name: str, folder: Path, fields: dict[str, Any]) -> dict[str, float]:
     for runtime in ("onnxruntime", "openvino"):
         get_runtime(runtime).export(quantized, folder / f"penjing-{runtime}.onnx")
     return seconds
+
+
+def example_of(name: str) -> tuple[Any, Any]:
+    """A model and samples to calibrate with."""
+    import torch
+    import transformers
+
+    if name in SHAPES:
+        torch.manual_seed(0)
+        kind = {"resnet50": "ResNet", "mobilenet_v2": "MobileNetV2"}[name]
+        config = getattr(transformers, f"{kind}Config")()
+        model = getattr(transformers, f"{kind}ForImageClassification")(config)
+        return model.eval(), torch.rand(SAMPLES, 3, 224, 224)
+    import hub
+
+    train = getattr(hub, SETS.get(name, ("cifar10_train10k",))[0])()
+    # In sets that are ordered by class, a stride looks at all of them.
+    order = torch.arange(SAMPLES) * (len(train) // SAMPLES)
+    return getattr(hub, name)(), train.tensors[0][order].contiguous()
 
 
 def made_by_peers(python: Path, folder: Path) -> dict[str, Any]:
@@ -120,10 +135,12 @@ def made_by_peers(python: Path, folder: Path) -> dict[str, Any]:
 
 def measure(name: str, folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     """Accuracy of every artefact on the test set, then interleaved latency at batch 1."""
-    import hub
+    if name in SHAPES:
+        x, y = np.load(folder / "calibration.npy")[:1], np.zeros(0, dtype=int)
+    else:
+        import hub
 
-    x, y = getattr(hub, SETS.get(name, ("", "cifar10_test"))[1])().tensors
-    x, y = x[: chosen.limit].numpy(), y[: chosen.limit].numpy()
+        x, y = (t[: chosen.limit].numpy() for t in getattr(hub, SETS.get(name, ("", "cifar10_test"))[1])().tensors)
     sessions: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "ort float": onnxruntime_session(folder / "float.onnx", chosen.threads),
         "ort penjing": onnxruntime_session(folder / "penjing-onnxruntime.onnx", chosen.threads),
@@ -135,8 +152,8 @@ def measure(name: str, folder: Path, chosen: argparse.Namespace) -> dict[str, An
     batch = 100 if x[0].size < 10_000 else 20
     accuracy = {}
     for key, run in sessions.items():
-        right = sum(int((run(x[i : i + batch]).argmax(1) == y[i : i + batch]).sum()) for i in range(0, len(x), batch))
-        accuracy[key] = round(100 * right / len(x), 2)
+        right = sum(int((run(x[i : i + batch]).argmax(1) == y[i : i + batch]).sum()) for i in range(0, len(y), batch))
+        accuracy[key] = round(100 * right / len(y), 2) if len(y) else float("nan")
     one = x[:1]
     times: dict[str, list[float]] = {key: [] for key in sessions}
     for _ in range(20):
@@ -153,7 +170,7 @@ def measure(name: str, folder: Path, chosen: argparse.Namespace) -> dict[str, An
     p50 = {key: round(float(np.median(t)), 4) for key, t in times.items()}
     pairs = {"ort": ("ort penjing", "ort own"), "ov": ("ov penjing", "ov nncf")}
     ratio = {k: round(float(np.median(np.divide(times[a], times[b]))), 3) for k, (a, b) in pairs.items()}
-    return {"accuracy": accuracy, "p50_ms": p50, "ratio": ratio, "n": len(x), "runs": turn}
+    return {"accuracy": accuracy, "p50_ms": p50, "ratio": ratio, "n": len(y), "runs": turn}
 
 
 def onnxruntime_session(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
