@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -111,15 +111,18 @@ class Twin:
         value = None if bias is None else self._tensor(bias)[1]
         if value is not None and value.shape != plain[node].shape[channel : channel + 1]:
             return
+        own = value if value is not None else torch.zeros(len(plain[node].movedim(channel, 0)))
+        (spread, mean), (found, have) = (_moments(x, channel) for x in (plain[node], twin[node]))
+        gain = torch.ones_like(own)
         if node.name in self.rescale:
-            gain = _gain(plain[node], twin[node], channel).to(twin[node].dtype)
+            gain = _gain(spread, found).to(own.dtype)
             self.gains[self.rescale[node.name]] = gain
-            offset = 0 if value is None else value.view(shape)
-            twin[node] = (twin[node] - offset) * gain.view(shape) + offset
-        if bias is not None and value is not None and node.name in self.correct:
-            shift = _shift(plain[node] - twin[node], channel).to(value.dtype)
-            twin[node] = twin[node] + shift.view(shape)
-            self.biases[bias] = value + shift
+        moved = own * (1 - gain)
+        if bias is not None and node.name in self.correct:
+            shift = _sure(mean - (have * gain + moved)).to(own.dtype)
+            self.biases[bias] = own + shift
+            moved = moved + shift
+        twin[node] = torch.addcmul(moved.view(shape), twin[node], gain.view(shape))
 
     def _own_bias(self, node: fx.Node) -> str | None:
         bias = argument(node, 0 if operator_name(node) == "aten::addmm" else 2, "bias", None)
@@ -153,24 +156,21 @@ class Twin:
         return self._tensors[name]
 
 
-def _shift(missing: Tensor, channel: int) -> Tensor:
-    """The mean of what is `missing` in each channel, as far as the samples (dimension 0) agree on it."""
-    others = [d for d in range(1, missing.ndim) if d != channel]
-    return _sure(missing.mean(others, dtype=torch.float64) if others else missing.double())
+def _moments(values: Tensor, channel: int) -> tuple[Tensor, Tensor]:
+    """What each sample (dimension 0) adds to each channel's variance, and its mean there, (samples, channels)."""
+    others = [d for d in range(1, values.ndim) if d != channel]
+    if others:
+        variance, mean = (t.double() for t in torch.var_mean(values, others, correction=0))
+    else:
+        mean = values.double()
+        variance = torch.zeros_like(mean)
+    return variance + (mean - mean.mean(0)).square(), mean
 
 
-def _gain(plain: Tensor, twin: Tensor, channel: int) -> Tensor:
-    """What each channel of `twin` is to be multiplied by to spread as that of `plain`, as far as the samples (dimension
-    0) agree on it; 1 where nothing varies."""
-    others = [d for d in range(plain.ndim) if d != channel]
-    wanted, found = (_energies(x.double(), others) for x in (plain, twin))
+def _gain(wanted: Tensor, found: Tensor) -> Tensor:
+    """What each channel is to be multiplied by to have the variance `wanted` instead of the one `found` (samples,
+    channels), as far as the samples agree on it; 1 where nothing varies."""
     return gain_between(found.mean(0) + _sure(wanted - found), found.mean(0))
-
-
-def _energies(values: Tensor, others: Sequence[int]) -> Tensor:
-    """The part of each channel's variance that each sample (dimension 0) has, (samples, channels)."""
-    apart = (values - values.mean(tuple(others), keepdim=True)).square()
-    return apart.mean(tuple(others[1:])) if others[1:] else apart
 
 
 def _sure(values: Tensor) -> Tensor:

@@ -104,15 +104,26 @@ def dequantize(q: Tensor, grid: Grid) -> Tensor:
 
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """`x` moved to the nearest points of `grid`."""
+    if grid.axis is None and not grid.group and x.dtype == torch.float32 and grid.scale.numel() == 1:
+        zero = int(grid.zero_point)
+        if grid.quant_min <= zero <= grid.quant_max:  # the same in one pass over the memory
+            return torch.fake_quantize_per_tensor_affine(x, float(grid.scale), zero, grid.quant_min, grid.quant_max)
     return dequantize(quantize(x, grid, torch.int32), grid)
 
 
 def sqnr(x: Tensor, y: Tensor) -> float:
     """Signal to quantization noise ratio of `y` standing in for `x`, in dB (inf when equal)."""
-    signal, noise = (float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in (x, x - y))
+    signal, noise = _norm(x), _norm(x - y)
     if noise == 0.0:
         return math.inf
     return 20.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def _norm(x: Tensor) -> float:
+    fast = float(torch.linalg.vector_norm(x))
+    if 1e-15 < fast < 1e15:
+        return fast
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))  # squares may leave the range of x's own type
 
 
 def tensor_grid(

@@ -53,10 +53,11 @@ def without_saturation(x: Tensor, grid: Grid, axis: int, *, keep_scale: bool = F
     sums = [held[:, p].sum(-1).abs().amax(1, keepdim=True) for p in pairs if len(p)]
     high = torch.stack(sums).amax(0) / LIMIT if sums else low
     high = torch.maximum(high.amax() if grid.axis is None else high, low)
+    large = _large(held, low, pairs)
     best, chosen, scale = torch.full_like(low, torch.inf), torch.zeros_like(rows), low
     for fraction in _FRACTIONS[:1] if keep_scale else _FRACTIONS:
         tried = low * (high / low) ** fraction
-        codes = _separated(rows, tried, pairs, grid)
+        codes = _separated(rows, tried, large, grid)
         error = (codes * tried - rows).square().sum(1, keepdim=True)
         error = error.sum().view(1, 1) if grid.axis is None else error
         better = error < best
@@ -67,17 +68,27 @@ def without_saturation(x: Tensor, grid: Grid, axis: int, *, keep_scale: bool = F
     return found, dequantize(codes, found)
 
 
-def _separated(rows: Tensor, scale: Tensor, pairs: list[Tensor], grid: Grid) -> Tensor:
+def _large(held: Tensor, low: Tensor, pairs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of each list those pairs that may be too large with scales `low` or coarser: (rows, positions (n, 2))."""
+    found = []
+    for pair in pairs:
+        row, number = (held[:, pair].sum(-1).abs() > (LIMIT - 1) * low).nonzero(as_tuple=True)  # rounding adds up to 1
+        found.append((row, pair[number]))
+    return found
+
+
+def _separated(rows: Tensor, scale: Tensor, large: list[tuple[Tensor, Tensor]], grid: Grid) -> Tensor:
     """The integers of `rows`, as float32, with the pairs that are too large moved to the nearest that are not."""
     middle = torch.zeros(len(scale), dtype=torch.int64)
     codes = quantize(rows, Grid(scale.flatten(), middle, grid.quant_min, grid.quant_max, 0), torch.float32)
-    aims = (rows / scale).abs()
-    for pair in pairs:  # moving a pair only makes it smaller: what is done stays done
-        both, aim = codes[:, pair], aims[:, pair]
-        first = (LIMIT / 2 + (aim[..., 0] - aim[..., 1]) / 2).round().clamp(LIMIT - grid.quant_max, grid.quant_max)
+    scales = scale.expand(len(rows), 1)
+    for row, pair in large:  # moving a pair only makes it smaller: what is done stays done
+        at = (row[:, None], pair)
+        both = codes[at]
+        aim = torch.minimum((rows[at] / scales[row]).abs(), both.abs() + 0.5)
+        first = (LIMIT / 2 + (aim[:, 0] - aim[:, 1]) / 2).round().clamp(LIMIT - grid.quant_max, grid.quant_max)
         fitting = torch.stack([first, LIMIT - first], -1) * both.sign()
-        codes[:, pair] = torch.where(both.sum(-1, keepdim=True).abs() > LIMIT, fitting, both)
-        aims = torch.minimum(aims, codes.abs() + 0.5)
+        codes[at] = torch.where(both.sum(-1, keepdim=True).abs() > LIMIT, fitting, both)
     return codes
 
 
