@@ -306,9 +306,9 @@ def test_recipes_read_it() -> None:
 def test_patterns_that_match_nothing_are_told() -> None:
     plan, _ = planned(block(), images(), weights={"*": "int8", "haed": "int4"})
     assert "no weight matches 'haed'" in plan.notes
-    for none in ({}, {"haed": "int4"}):
+    for none, kind in (({}, None), ({"haed": "int4"}, "int8")):
         with pytest.raises(RecipeError, match="finds nothing to quantize"):
-            planned(block(), images(), weights=none)
+            planned(block(), images(), weights=none, activations=kind)
 
 
 def test_a_second_time_says_that_all_is_done() -> None:

@@ -195,7 +195,9 @@ class _Planner:
             raise self._nothing()
         self.ends = {layer.node for layer in (placement.layers[0], placement.layers[-1])}
         readers = self._readers(folded, placement)
-        weighty = [x for x in placement.layers if x.parameter is not None]
+        weighty = [
+            x for x in placement.layers if x.parameter is not None and (settings.weights or not settings.is_static)
+        ]
         if weighty and all(self._type(cast(str, x.parameter), [x]) is None for x in weighty):
             raise self._nothing()
         self.integer = self._integer(folded, placement, readers)
