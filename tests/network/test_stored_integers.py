@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tied_network import TOKENS, Tied
+from torch import nn
 
 import penjing as pj
 from penjing.analysis.footprint import footprint
@@ -18,23 +19,6 @@ WIDTHS = {"int16": (-32767, 32767), "int8": (-127, 127), "int6": (-31, 31), "int
 WIDTHS |= {"int2": (-2, 1), "ternary": (-1, 1)}
 
 
-class Tied(nn.Module):
-    """An embedding that the output layer reads too, a depthwise and a transposed convolution, and an LSTM."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(11, 10)
-        self.depthwise = nn.Conv1d(10, 10, 3, padding=1, groups=10)
-        self.up = nn.ConvTranspose1d(10, 6, 2)
-        self.lstm = nn.LSTM(6, 10, batch_first=True)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        seen = self.up(torch.relu(self.depthwise(self.table(tokens).transpose(1, 2)))).transpose(1, 2)
-        return self.lstm(seen)[0] @ self.table.weight.t()
-
-
-TOKENS = torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(0))
 NAMES = ("table.weight", "depthwise.weight", "up.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0")
 
 
