@@ -16,10 +16,7 @@ Accuracies are of whole test sets. Every row is printed and kept as soon as it i
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,36 +24,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from sections import run
 from torch.utils.data import Subset, TensorDataset
 
 import penjing as pj
 from penjing.data import Data
 from penjing.task import get_task
 
-ROOT = Path(__file__).resolve().parents[1]
 EDGES: dict[str, Any] = {"edges": "int8"}
 FINETUNE: dict[str, Any] = {
     "teacher": "original", "alpha": 1.0, "hints": 100, "augment": "flip-crop", "precision": "bf16", "lr": 0.05,
 }  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "narrow.json")
-    chosen = parser.parse_args()
-    sys.path.insert(0, str(chosen.data))
-    torch.set_num_threads(chosen.threads)
-    rows: list[dict[str, Any]] = []
-    for section in chosen.only:
-        for row in SECTIONS[section]():
-            rows.append({"section": section, **row})
-            print(json.dumps(rows[-1]), flush=True)
-            chosen.out.parent.mkdir(parents=True, exist_ok=True)
-            told = {"threads": chosen.threads, "torch": torch.__version__, "rows": rows}
-            chosen.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf8")
 
 
 class Case:
@@ -140,7 +118,7 @@ def stories() -> Case:
     return Case("stories260k", shown, Subset(hub.stories(), range(150)), "language-modelling")
 
 
-def weights() -> Iterator[dict[str, Any]]:
+def weights(data: Path) -> Iterator[dict[str, Any]]:
     for case in (resnet56(), dscnn()):
         yield {"network": case.name, "what": "float", "metric": case.metric(case.network)}
         for bits in ("int4", "int3", "int2"):
@@ -156,21 +134,21 @@ def _ways() -> Sequence[dict[str, Any]]:
     )  # fmt: skip
 
 
-def both() -> Iterator[dict[str, Any]]:
+def both(data: Path) -> Iterator[dict[str, Any]]:
     for case in (resnet56(), dscnn()):
         for how in ("nearest", "gptq", "adaround", "brecq"):
             fields = {**EDGES, "activations": "int4", "rounding": how}
             yield case.row(_words("int4", fields), pj.Quantize(weights="int4", **fields))
 
 
-def trained() -> Iterator[dict[str, Any]]:
+def trained(data: Path) -> Iterator[dict[str, Any]]:
     case = resnet56()
     for kind, epochs in (("int2", 4), ("ternary", 2)):
         step = pj.TrainQuantized(weights=kind, finetune=pj.Finetune(epochs=epochs, **FINETUNE))
         yield case.row(f"{kind} trained, {epochs} epochs", step, labels=True)
 
 
-def mixed() -> Iterator[dict[str, Any]]:
+def mixed(data: Path) -> Iterator[dict[str, Any]]:
     """One width for all and widths by layer, both of 4 bits a weight."""
     plain, tensor, group = {}, {"granularity": "tensor"}, {"granularity": "group:64"}
     only: dict[str, Any] = {"activations": None}
@@ -191,7 +169,7 @@ def mixed() -> Iterator[dict[str, Any]]:
             yield case.row(_words("4 bits on average", fields), step, off=True)
 
 
-def language() -> Iterator[dict[str, Any]]:
+def language(data: Path) -> Iterator[dict[str, Any]]:
     case = stories()
     start = case.metric(case.network)
     yield {"network": case.name, "what": "float", "metric": start, "perplexity": round(math.exp(start), 3)}
@@ -213,4 +191,4 @@ SECTIONS = {"weights": weights, "both": both, "trained": trained, "mixed": mixed
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, SECTIONS, "narrow")

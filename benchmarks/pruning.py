@@ -17,7 +17,6 @@ Accuracies are of whole test sets. Every row is printed and kept as soon as it i
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sections import ROOT, run
 
 import penjing as pj
 from penjing.analysis.footprint import footprint
@@ -37,7 +37,6 @@ from penjing.data import Data
 from penjing.recipe import Context
 from penjing.task import get_task
 
-ROOT = Path(__file__).resolve().parents[1]
 INNER = "net.layer*.conv1"  # channels inside of ResNet blocks; the others are those of the residual stream
 OBS = {"criterion": "obs", "reconstruct": "blockwise"}
 CHANNELS: dict[str, dict[str, Any]] = {
@@ -55,30 +54,6 @@ WEIGHTS: list[dict[str, Any]] = [
     {"sparsity": s, "criterion": c} for s in (0.7, 0.9) for c in ("magnitude", "sparsegpt", "obc")
 ]
 SETS = {"squeezenet": ("imagenet_sample",) * 2, "dscnn": ("keywords",) * 2}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "pruning.json")
-    chosen = parser.parse_args()
-    sys.path.insert(0, str(chosen.data))
-    torch.set_num_threads(chosen.threads)
-    rows: list[dict[str, Any]] = []
-    for section in chosen.only:
-        for row in SECTIONS[section](chosen.data):
-            rows.append({"section": section, **row})
-            print(json.dumps(rows[-1]), flush=True)
-            keep(chosen.out, {"threads": chosen.threads, "torch": torch.__version__, "rows": rows})
-
-
-def keep(file: Path, result: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".part")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.replace(file)
 
 
 def sets_of(name: str) -> tuple[Any, Any]:
@@ -250,4 +225,4 @@ SECTIONS = {
 }
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, SECTIONS, "pruning")
