@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from penjing.analysis.half_run import HalfRun
 from penjing.analysis.placement import Placement
 from penjing.analysis.weight_grids import Scales, power_of_two
 from penjing.errors import DataError
@@ -51,9 +51,10 @@ def activation_grids(
     Raises DataError when there are no samples, or values that are NaN or infinite.
     """
     seen = {q.value: Observer(histogram=ranges != "minmax") for q in placement.quantizers}
-    watcher = _Watcher(network.graph_module, seen)
+    # Ends of ranges are as right in bfloat16 as grids of 8 bits need them.
+    watcher = _Watcher(network.graph_module, seen, half=all(grids.limits(t)[1] <= 127 for t in types.values()))
     empty = True
-    with torch.no_grad(), _short_products(all(grids.limits(t)[1] <= 127 for t in types.values())):
+    with torch.no_grad():
         for inputs in batches:
             watcher.run(*network.bind(inputs).values())
             empty = False
@@ -79,26 +80,11 @@ def activation_grids(
     return found
 
 
-@contextmanager
-def _short_products(wanted: bool) -> Iterator[None]:
-    """Convolutions and matrix products round their factors to bfloat16 where the processor is faster with them: ends of
-    ranges are as right as grids of 8 bits need them."""
-    kinds = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        for kind in kinds if wanted else ():
-            kind.fp32_precision = "bf16"
-        yield
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
-
-
-class _Watcher(fx.Interpreter):
+class _Watcher(HalfRun):
     """Runs a graph and shows chosen values to their observers."""
 
-    def __init__(self, module: fx.GraphModule, observers: Mapping[str, Observer]) -> None:
-        super().__init__(module)
+    def __init__(self, module: fx.GraphModule, observers: Mapping[str, Observer], *, half: bool) -> None:
+        super().__init__(module, half=half)
         self.observers = observers
 
     def run_node(self, n: fx.Node) -> Any:

@@ -160,7 +160,13 @@ def _moments(values: Tensor, channel: int) -> tuple[Tensor, Tensor]:
     """What each sample (dimension 0) adds to each channel's variance, and its mean there, (samples, channels)."""
     others = [d for d in range(1, values.ndim) if d != channel]
     if others:
-        variance, mean = (t.double() for t in torch.var_mean(values, others, correction=0))
+        mean = values.mean(others).double()
+        square = torch.linalg.vector_norm(values, dim=others).double().square() / (
+            values[0].numel() // values.shape[channel]
+        )
+        variance = square - mean.square()
+        if (variance < 1e-3 * square).any():  # far from zero float32 squares are too coarse; this is slower by far
+            variance = torch.var(values, others, correction=0).double()
     else:
         mean = values.double()
         variance = torch.zeros_like(mean)

@@ -106,8 +106,12 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """`x` moved to the nearest points of `grid`."""
     if grid.axis is None and not grid.group and x.dtype == torch.float32 and grid.scale.numel() == 1:
         zero = int(grid.zero_point)
-        if grid.quant_min <= zero <= grid.quant_max:  # the same in one pass over the memory
-            return torch.fake_quantize_per_tensor_affine(x, float(grid.scale), zero, grid.quant_min, grid.quant_max)
+        if grid.quant_min <= zero <= grid.quant_max:
+            if x.requires_grad and torch.is_grad_enabled():
+                return torch.fake_quantize_per_tensor_affine(x, float(grid.scale), zero, grid.quant_min, grid.quant_max)
+            scale = float(grid.scale)  # in place: new memory costs more than the sums
+            whole = (x * (1.0 / grid.scale).reshape(())).round_().clamp_(grid.quant_min - zero, grid.quant_max - zero)
+            return whole.mul_(scale)
     return dequantize(quantize(x, grid, torch.int32), grid)
 
 

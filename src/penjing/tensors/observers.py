@@ -31,7 +31,10 @@ class Observer:
 
     def update(self, x: Tensor) -> None:
         """Adds every value of `x` (any shape, floating)."""
-        x = x.detach().to(torch.float32)
+        x = x.detach()
+        x = x if x.is_floating_point() else x.float()
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            x = x.permute(0, 2, 3, 1)  # as it lies in memory, so that nothing is copied
         if x.numel() == 0:
             return
         low, high = (float(v) for v in torch.aminmax(x))
@@ -44,7 +47,7 @@ class Observer:
         if self._counts is not None:
             self._grow(_exponent(max(abs(low), abs(high))))
             width = 2.0 ** (self._exponent or 0)
-            index = (_some(x) / width).floor_().to(torch.int32) + BINS  # by a power of two, so exact
+            index = (_some(x).float() / width).floor_().to(torch.int32) + BINS  # by a power of two, so exact
             self._counts += torch.bincount(index.clamp_(0, 2 * BINS - 1), minlength=2 * BINS)
         return None
 
