@@ -184,7 +184,7 @@ def test_a_recipe_reads_it_back() -> None:
         ({"levels": "power-of-two", "weights": "ternary"}, "TrainQuantized.levels .* 2 to 8 bits"),
         ({"levels": "power-of-two", "granularity": "group:8"}, "a scale for each channel or tensor"),
         ({"lower": ["int2"]}, "lower must go from wide to narrow"),
-        ({"lower": ["half"]}, "lower must name types of weights"),
+        ({"lower": ["half"]}, "lower must be a list of types of weights"),
         ({"finetune": "Finetune"}, "finetune must be a Step that trains"),
         ({"activations": "uint8"}, "activations must be one of"),
     ],

@@ -63,14 +63,16 @@ class Equalize(Step):
     def _rule(self) -> GridRule:
         """The grid that "awq" rounds to. Raises RecipeError if the fields make none."""
         try:
-            low, high = grids.limits(self.weights, narrow=self.symmetric)
+            low, high = grids.limits(str(self.weights), narrow=self.symmetric)
         except ValueError as error:
             raise RecipeError(
                 f"Equalize.weights must be an integer type of 2 to 16 bits, got {self.weights!r}",
                 hint="for example weights='int4'",
             ) from error
         if high - low < 2 or high - low >= 2**16:
-            raise RecipeError(f"Equalize.weights must have 2 to 16 bits, got {self.weights!r}")
+            raise RecipeError(
+                f"Equalize.weights must have 2 to 16 bits, got {self.weights!r}", hint="for example weights='int4'"
+            )
         known = granularity(self.granularity) if isinstance(self.granularity, str) else None
         if known is None:
             raise RecipeError(

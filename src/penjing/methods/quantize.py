@@ -134,7 +134,9 @@ class Quantize(Step):
             )
         for field in ("symmetric", "headroom", "correct_bias", "correct_scale"):
             if not isinstance(getattr(self, field), bool):
-                raise RecipeError(f"Quantize.{field} must be true or false, got {getattr(self, field)!r}")
+                raise RecipeError(
+                    f"Quantize.{field} must be true or false, got {getattr(self, field)!r}", hint="left away it is True"
+                )
         few = {"ternary", "binary"} & {self.edges, *kinds}
         if not self.symmetric and few:
             raise RecipeError(f"{min(few)} weights are symmetric", hint="leave symmetric away, or use weights='int2'")

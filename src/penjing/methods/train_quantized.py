@@ -81,10 +81,11 @@ class TrainQuantized(Step):
                 f"got {self.granularity!r}",
                 hint="for example granularity='group:64'",
             )
-        unknown = [t for t in self.lower if t not in _WEIGHTS]
+        unknown = [t for t in self.lower if t not in _WEIGHTS] if isinstance(self.lower, list) else [self.lower]
         if unknown:
             raise RecipeError(
-                f"TrainQuantized.lower must name types of weights, got {unknown[0]!r}", hint=f"of {', '.join(_WEIGHTS)}"
+                f"TrainQuantized.lower must be a list of types of weights, got {unknown[0]!r}",
+                hint=f"of {', '.join(_WEIGHTS)}",
             )
         self.require_one_of("levels", LEVELS)
         for dtype in (self.weights, self.edges, *self.lower):
@@ -93,13 +94,16 @@ class TrainQuantized(Step):
         if any(a >= b for a, b in itertools.pairwise(order)):
             raise RecipeError(
                 f"TrainQuantized.lower must go from wide to narrow and end above weights={self.weights!r}, "
-                f"got {self.lower!r}"
+                f"got {self.lower!r}",
+                hint=f"for example lower={list(_WEIGHTS[: _WEIGHTS.index(self.weights)][:2])!r}",
             )
 
     def check(self, context: Context) -> None:
         """What the training needs; activations need samples."""
         if context.data is None:
-            raise DataError("TrainQuantized needs samples and no data was given")
+            raise DataError(
+                "TrainQuantized needs samples and no data was given", hint="give data, best what it was trained on"
+            )
         self.finetune.check(context)
 
     def plan(self, network: Network, context: Context) -> Plan:
