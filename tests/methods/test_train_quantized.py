@@ -153,7 +153,8 @@ def test_masked_weights_stay_zero(network: Network) -> None:
     mask = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(2)) > 0.5
     masked = network.apply([MaskWeights(parameter="point.weight", mask=mask)])
     for weights, levels in (("int4", "uniform"), ("binary", "uniform"), ("int4", "additive-powers-of-two")):
-        _, result = planned(masked, weights=weights, levels=levels)
+        plan, result = planned(masked, weights=weights, levels=levels)
+        assert any("stored as ternary" in r.why for r in plan.reasons) == (weights == "binary")
         assert not result.tensors()["point.weight"][~mask].any()
         assert result.tensors()["point.weight"][mask].any()
 

@@ -17,7 +17,7 @@ from penjing.analysis.level_grids import LEVELS, check_levels
 from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.placement import Placement, place
 from penjing.analysis.unfolded import folded_scales, in_front_of_folding, positive_norms
-from penjing.analysis.weight_grids import WEIGHT_TYPES, granularity
+from penjing.analysis.weight_grids import WEIGHT_TYPES, granularity, made_ternary
 from penjing.errors import DataError, InputError, RecipeError
 from penjing.network import Edit, Network, SetWeights
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
@@ -252,6 +252,8 @@ class _Planner:
         why = f"{score:.1f} dB from the float weights that were trained"
         why += "" if self.settings.levels == "uniform" else f", {self.settings.levels} levels: computed in float"
         why += f", {clipped} codes clipped by a norm of negative weight" if clipped else ""
+        if pruned := made_ternary(value, kind):
+            why += f", {pruned}"
         return Reason(layer=name.removesuffix(".weight"), choice=f"{kind} weights", score=score, why=why)
 
 
