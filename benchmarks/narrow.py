@@ -8,6 +8,7 @@ weights   ResNet-56 (1024 unlabelled training images) and DS-CNN (every other cl
           of 4 to 2 bits and activations of 8
 both      the same with weights and activations of 4 bits
 trained   ResNet-56 with weights of 2 bits and ternary, trained on their grids with distillation; processor minutes
+levels    ResNet-20 with weights of 4 and 3 bits on even and uneven levels, rounded and trained
 mixed     widths by layer beside one width for all at the same bytes: accuracy, and how far outputs are from float's
 language  stories260k, weights only, 4 bits in groups of 128 and 64; nats a token over 150 blocks of other texts
 
@@ -148,6 +149,17 @@ def trained(data: Path) -> Iterator[dict[str, Any]]:
         yield case.row(f"{kind} trained, {epochs} epochs", step, labels=True)
 
 
+def levels(data: Path) -> Iterator[dict[str, Any]]:
+    case, powers, sums = resnet20(), "power-of-two", "additive-powers-of-two"
+    # Of 3 bits, sums have one term: they are the powers themselves.
+    for kind, spacings in (("int4", ("uniform", sums, powers)), ("int3", ("uniform", sums))):
+        for spacing in spacings:
+            fields: dict[str, Any] = {"weights": kind, "levels": spacing, **EDGES}
+            yield case.row(f"{kind}, {spacing}, rounded", pj.Quantize(**fields))
+            step = pj.TrainQuantized(finetune=pj.Finetune(epochs=2, **FINETUNE), **fields)
+            yield case.row(f"{kind}, {spacing}, trained, 2 epochs", step, labels=True)
+
+
 def mixed(data: Path) -> Iterator[dict[str, Any]]:
     """One width for all and widths by layer, both of 4 bits a weight."""
     plain, tensor, group = {}, {"granularity": "tensor"}, {"granularity": "group:64"}
@@ -187,7 +199,9 @@ def _words(kind: str, fields: dict[str, Any]) -> str:
     return ", ".join([kind, *(f"{k}={v}" for k, v in fields.items())])
 
 
-SECTIONS = {"weights": weights, "both": both, "trained": trained, "mixed": mixed, "language": language}
+SECTIONS = {
+    "weights": weights, "both": both, "trained": trained, "levels": levels, "mixed": mixed, "language": language
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import penjing as pj
 from penjing.errors import InputError, PenjingError, RecipeError
 from penjing.network import MaskWeights, QuantizeTensor, RemoveChannels, SetWeights
 from penjing.recipe import Plan, Reason, Recipe, matches
+from penjing.recipe.steps import STEPS, step_from
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
@@ -108,3 +110,41 @@ def test_steps_are_values() -> None:
         step.ratio = 0.4
     with pytest.raises(PenjingError, match="made of Steps"):
         Recipe("PruneChannels")
+
+
+_INNER = {
+    "Gradually": {"step": pj.PruneChannels(ratio=0.5)},
+    "SearchAmount": {"step": pj.PruneChannels(ratio=0.5), "floor": "accuracy>=-1%"},
+    "MixPrecision": {"quantize": pj.Quantize(), "keep_bits": 4.0},
+    "Regularize": {"step": pj.PruneChannels(ratio=0.5), "train": pj.Finetune()},
+    "TrainQuantized": {"finetune": pj.Finetune()},
+}
+
+
+@pytest.mark.parametrize("name", STEPS.names())
+def test_every_refused_field_says_what_to_do(name: str) -> None:
+    """Whatever field is given whatever makes no sense: from Python and from plain data, the error has a hint."""
+    kind, refused = STEPS.get(name), 0
+    for field in dataclasses.fields(kind):
+        for value in (-1, 0, 1.5, 1e9, "nonsense", [], ["nonsense"], {"*": "x"}, True, None):
+            try:
+                kind(**{**_INNER.get(name, {}), field.name: value})
+            except PenjingError as error:
+                assert error.hint, error.message
+                refused += 1
+            try:
+                step_from({name: {field.name: value}}, "step 1")
+            except PenjingError as error:
+                assert error.hint, error.message
+    assert refused
+
+
+def test_hints_give_numbers_that_work() -> None:
+    for step, hint in (
+        (lambda: pj.PruneChannels(keep_macs=-0.5), "for example keep_macs=0.5; it may be left away"),
+        (lambda: pj.Finetune(lr=-1), "left away it is 0.01"),
+        (lambda: pj.PruneChannels(ratio=50), "write 0.5 for 50 %"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            step()
+        assert caught.value.hint == hint

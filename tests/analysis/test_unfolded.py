@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,17 @@ def test_folding_keeps_the_codes(network: Network, dtype: str, name: str) -> Non
     assert lost == 0
     assert torch.equal(grids.quantize(folded, grid), grids.quantize(value, weight.grid))
     assert not torch.allclose(grid.scale, weight.grid.scale)
+
+
+@pytest.mark.parametrize("levels", ["power-of-two", "additive-powers-of-two"])
+def test_folding_keeps_uneven_levels_whatever_the_sign(network: Network, levels: str) -> None:
+    weight = weight_grid(network.tensors()["a.weight"].detach(), "int4", axis=0, levels=levels)
+    value = weight.rounded(network.tensors()["a.weight"].detach())
+    rounded = network.apply([SetWeights(parameter="a.weight", value=value)])
+    folded = rounded.apply(fold_batch_norms(rounded)).tensors()["a.weight"].detach()
+    grid, lost = folded_scales(value, folded, weight)
+    assert lost == 0
+    assert torch.allclose(replace(weight, grid=grid).rounded(folded), folded, rtol=1e-5)
 
 
 def test_codes_that_do_not_fit_are_counted(network: Network) -> None:

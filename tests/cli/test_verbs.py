@@ -69,6 +69,21 @@ def test_compress_then_everything_else(penjing, desk, quantize):
     assert accuracies == {report["result"]["metric"]["value"]}
 
 
+@pytest.mark.slow
+def test_deploy_says_what_runs_in_float_and_what_became_wider(penjing, desk):
+    (desk / "mixed.yaml").write_text("steps:\n  - Quantize: {samples: 32, weights: {'*': int6, head: int16}}\n")
+    done = penjing("compress", "net.py:build", *DATA, "--recipe", "mixed.yaml", "--out", "mixed")
+    assert done.code == 0, done.err
+    deployed = penjing("deploy", "mixed", "--target", "onnxruntime", "--out", "shipped", "--json")
+    assert deployed.code == 0, deployed.err
+    (artifact,) = deployed.json["artifacts"]
+    assert artifact["in_float"] == {"head": "f32"}
+    assert "On onnxruntime 1 layer on integer grids really ran in f32: head." in deployed.err
+    assert "2 tensors of int6 as int8 (no int6 in the file): body.0.weight, body.3.weight." in deployed.err
+    plain = penjing("deploy", "net.py:build", *SHAPE, "--out", "plain", "--json")
+    assert plain.json["artifacts"][0]["in_float"] == {} and "On onnxruntime" not in plain.err
+
+
 def test_default_recipe_says_what_it_does(penjing, desk):
     done = penjing("compress", "net.py:build", *DATA, "--json")
     assert done.code == 0, done.err

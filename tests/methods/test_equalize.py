@@ -136,6 +136,45 @@ def test_smooth_takes_outliers_from_activations() -> None:
     assert torch.allclose(ratio, ratio.mean().expand_as(ratio), rtol=1e-3)
 
 
+class Outlying(nn.Module):
+    """Convolutions that linear, strided, depthwise and transposed ones read; one channel in eight is 60 times wider."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.c, self.d = nn.Conv2d(16, 16, 3, groups=16), nn.ConvTranspose2d(16, 16, 2)
+        self.head = nn.Linear(16, 4)
+        with torch.no_grad():
+            for maker, reader, axis in (("a", "b", 1), ("b", "c", 0), ("c", "d", 0), ("d", "head", 1)):
+                made, read = self.get_submodule(maker), self.get_submodule(reader)
+                axes = made.weight.movedim(int(maker == "d"), 0)
+                axes[::8] *= 60
+                made.bias[::8] *= 60
+                read.weight.movedim(axis, 0)[::8] /= 60  # the same function as without
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(self.b(self.a(x).relu()).relu()).relu()
+        return self.head(self.d(x).relu().mean((2, 3)))
+
+
+def test_smooth_takes_outliers_from_what_convolutions_read() -> None:
+    torch.manual_seed(0)
+    network = network_of(Outlying(), IMAGES)
+    changed = equalized(network, IMAGES, criterion="smooth", alpha=0.8)
+    assert torch.allclose(changed.run((IMAGES,))[0], network.run((IMAGES,))[0], atol=1e-5)
+    errors = []
+    for start in (network, changed):
+        plan = Quantize().plan(start, context_of(start, IMAGES))
+        errors.append(error(start.apply(plan.edits), network, IMAGES))
+    assert errors[1] < 0.02 * errors[0]
+    links = find_links(changed)
+    assert [r.weight for link in links for r in link.readers] == ["b.weight", "c.weight", "d.weight", "head.weight"]
+    for link in links:
+        (values,) = Lane(changed, [changed.bind((IMAGES,))]).value(link.readers[0].source.name)
+        largest = values.abs().transpose(0, 1).flatten(1).amax(1) if values.ndim == 4 else values.abs().amax(0)
+        assert float(largest.max() / largest[largest > 0].median()) < 10  # relu leaves some channels at zero
+
+
 def test_awq_makes_rounded_layers_better() -> None:
     network = network_of(Feedforward(), ROWS)
     changed = equalized(network, ROWS, criterion="awq", granularity="channel")

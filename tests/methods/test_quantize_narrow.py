@@ -64,6 +64,12 @@ def test_pruned_weights_stay_zero(weights: str, granularity: str) -> None:
     plan, quantized = planned(network, weights=weights, activations=None, granularity=granularity)
     assert zeros and all(bool((quantized.tensors()[n][z] == 0).all()) for n, z in zeros.items())
     assert all(weights in r.choice for r in plan.reasons)
+    for reason in plan.reasons:
+        count = int(zeros[f"{reason.layer}.weight"].sum())
+        said = f"its {count} zeros stay, so that it is stored as ternary (-1, 0, 1)" in reason.why
+        assert said == (weights == "binary")
+    if weights == "binary":
+        assert set(quantized.code_kinds().values()) == {"ternary"}
 
 
 def test_reasons_name_groups_and_shifts() -> None:
@@ -90,7 +96,8 @@ def test_saved_plans_and_recipes_hold_the_new_fields(tmp_path: Path) -> None:
 
 def test_a_binary_network_takes_a_bit_a_weight() -> None:
     network = block()
-    _, quantized = planned(network, weights="binary", activations=None)
+    plan, quantized = planned(network, weights="binary", activations=None)
+    assert not any("ternary" in r.why for r in plan.reasons)
     assert set(quantized.code_bits().values()) == {1}
     sizes = quantized.stored_bytes()
     assert sizes["6.weight"] == 5 * 288 // 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from penjing.errors import DataError, RecipeError
 from penjing.methods.quantize import Quantize
 from penjing.network import MaskWeights, QuantizeTensor
 from penjing.recipe import Context, Plan, Recipe
+from penjing.runtimes import get_runtime
 from penjing.tensors.saturation import may_saturate
 
 
@@ -34,6 +36,21 @@ def test_rounding_by_outputs_is_nearer(rounding: str, granularity: str, activati
         codes = quantized.tensors()[f"{name}.weight"]
         assert not codes.is_floating_point()
         assert int(codes.min()) >= -4 and int(codes.max()) <= 3
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "adaround", "brecq"])
+def test_grids_found_in_every_run_come_to_weights_rounded_with_float_inputs(rounding: str, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"weights": "int4", "rounding": rounding, "steps": 20}
+    nearest, _ = planned(Quantize(weights="int4", activations="dynamic"))
+    plan, quantized = planned(Quantize(**fields, activations="dynamic"))
+    alone = planned(Quantize(**fields, activations=None))[1]
+    for name in LAYERS:
+        assert torch.equal(quantized.tensors()[f"{name}.weight"], alone.tensors()[f"{name}.weight"])
+    found = [[e.users for e in p.edits if isinstance(e, QuantizeTensor) and e.dynamic] for p in (plan, nearest)]
+    assert found[0] == found[1] == [("linear",)]
+    assert [r.choice for r in plan.reasons if r.layer == "head"] == ["int4 weights per channel, dynamic inputs"]
+    made = get_runtime("onnxruntime").export(quantized, tmp_path / "net.onnx", samples=X)
+    assert made.parity.agreement == 1.0
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "brecq"])
@@ -97,7 +114,6 @@ def test_first_and_last_layer_have_a_type_of_their_own(rounding: str) -> None:
         ({"edges": "int9"}, "edges must be one of"),
         ({"steps": 0}, "steps must be a whole number of at least 1"),
         ({"samples": 0}, "samples must be at least 1"),
-        ({"rounding": "gptq", "activations": "dynamic"}, "dynamic ones have none yet"),
         ({"weights": "ternary", "symmetric": False}, "ternary weights are symmetric"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from penjing.analysis.passes import fold_batch_norms
 from penjing.data import Data
 from penjing.errors import DataError, RecipeError
-from penjing.methods import Finetune, Recipe, TrainQuantized
+from penjing.methods import Finetune, Quantize, Recipe, TrainQuantized
 from penjing.network import MaskWeights, Network, QuantizeTensor, capture
 from penjing.recipe import Context, Plan
 from penjing.task import get_task
@@ -89,6 +89,30 @@ def test_weights_end_on_their_grid_and_the_network_still_works(network: Network,
     assert accuracy(result) >= accuracy(network) - (0.1 if weights in ("int8", "int4") else 0.25)
 
 
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("levels", ["power-of-two", "additive-powers-of-two"])
+def test_uneven_levels_are_stored_as_those_of_quantize(network: Network, levels: str, granularity: str) -> None:
+    fields: dict[str, Any] = {"weights": "int4", "levels": levels, "granularity": granularity, "edges": "int6"}
+    plan, result = planned(network, **fields)
+    rounded = Quantize(**fields)
+    alike = network.apply(rounded.plan(network, Context(original=network, data=Data((X, Y)))).edits)
+    held, wanted = result.tensors(), alike.tensors()
+    assert result.code_bits() == alike.code_bits()
+    for name in alike.code_bits():
+        assert set(held[f"{name}_levels"].flatten().tolist()) == set(wanted[f"{name}_levels"].flatten().tolist())
+        assert held[f"{name}_scale"].shape == wanted[f"{name}_scale"].shape
+    assert sum(f"{levels} levels: computed in float" in r.why for r in plan.reasons) == 4
+    assert accuracy(result) >= accuracy(network) - 0.1
+
+
+def test_uneven_levels_keep_what_was_trained(network: Network) -> None:
+    """At a rate of nearly nothing the result is the float network with weights on levels of least error."""
+    fields: dict[str, Any] = {"levels": "additive-powers-of-two", "weights": "int8", "activations": None}
+    _, result = planned(network, **fields, finetune={"epochs": 0.25, "lr": 1e-9})
+    before, after = network.run((X,))[0], result.run((X,))[0]
+    assert float((after - before).square().mean() / before.var()) < 0.05
+
+
 def test_training_beats_rounding_alone(network: Network) -> None:
     _, little = planned(network, weights="int2", finetune={"epochs": 0.25, "lr": 1e-6})
     _, long = planned(network, weights="int2", finetune={"epochs": 6})
@@ -128,8 +152,9 @@ def test_masked_weights_stay_zero(network: Network) -> None:
     tensor = network.tensors()["point.weight"]
     mask = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(2)) > 0.5
     masked = network.apply([MaskWeights(parameter="point.weight", mask=mask)])
-    for weights in ("int4", "binary"):
-        _, result = planned(masked, weights=weights)
+    for weights, levels in (("int4", "uniform"), ("binary", "uniform"), ("int4", "additive-powers-of-two")):
+        plan, result = planned(masked, weights=weights, levels=levels)
+        assert any("stored as ternary" in r.why for r in plan.reasons) == (weights == "binary")
         assert not result.tensors()["point.weight"][~mask].any()
         assert result.tensors()["point.weight"][mask].any()
 
@@ -156,8 +181,11 @@ def test_a_recipe_reads_it_back() -> None:
     [
         ({"weights": "int5"}, "weights must be one of"),
         ({"granularity": "row"}, "granularity must be 'channel', 'tensor' or 'group:'"),
+        ({"levels": "log"}, "levels must be one of"),
+        ({"levels": "power-of-two", "weights": "ternary"}, "TrainQuantized.levels .* 2 to 8 bits"),
+        ({"levels": "power-of-two", "granularity": "group:8"}, "a scale for each channel or tensor"),
         ({"lower": ["int2"]}, "lower must go from wide to narrow"),
-        ({"lower": ["half"]}, "lower must name types of weights"),
+        ({"lower": ["half"]}, "lower must be a list of types of weights"),
         ({"finetune": "Finetune"}, "finetune must be a Step that trains"),
         ({"activations": "uint8"}, "activations must be one of"),
     ],

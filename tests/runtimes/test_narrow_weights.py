@@ -167,7 +167,10 @@ def test_reports_and_deploy_say_what_was_widened(tmp_path: Path) -> None:
     network = quantized(Pixels, weights="int6", activations=None)
     bundle = pj.deploy(network, target="onnxruntime", out=tmp_path / "bundle")
     (row,) = bundle.artifacts
-    assert words.widened(row["widened"]) == "wider than in the network: 4 tensors of int6 as int8 (no int6 in the file)"
+    said = "wider than in the network: 4 tensors of int6 as int8 (no int6 in the file): "
+    assert words.widened(row["widened"]) == said + ", ".join(w["tensor"] for w in row["widened"])
+    many = [{**w, "tensor": f"{w['tensor']}{i}"} for w in row["widened"] for i in range(2)]
+    assert words.widened(many).endswith(" and 3 more")
     report = pj.evaluate(network, Data(X), target="onnxruntime", latency=QUICK, memory=False).to_dict()
     for text in (render_markdown(report), render_html(report)):
         assert "4 tensors of int6 as int8" in text

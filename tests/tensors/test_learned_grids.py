@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from penjing.tensors import grids
+from penjing.tensors import codebooks, grids
 from penjing.tensors import learned_grids as learned
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -86,6 +88,34 @@ def test_zero_is_on_every_learned_range(low: float) -> None:
     assert len(got.unique()) <= 16
 
 
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_even_levels_are_a_learned_step(axis: int | None) -> None:
+    """The same values, the same gradients for weights, and updates as large relative to the scale."""
+    x, g = values(6, 5) * 2, values(6, 5)
+    step = torch.rand(1 if axis is None else x.shape[axis], generator=GENERATOR) * 0.1 + 0.2
+    ours, theirs = [(x.clone().requires_grad_(), s.clone().requires_grad_()) for s in (step * 7, step)]
+    a = learned.learned_levels(*ours, torch.linspace(-1, 1, 15), axis)
+    b = learned.learned_step(*theirs, None, axis, 0, -7, 7, False)
+    assert torch.allclose(a, b, atol=1e-5)
+    (a * g).sum().backward()
+    (b * g).sum().backward()
+    assert torch.equal(ours[0].grad, theirs[0].grad)  # type: ignore[arg-type]
+    assert torch.allclose(ours[1].grad / ours[1], theirs[1].grad / theirs[1], rtol=1e-4, atol=1e-5)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("table", [codebooks.powers_of_two, codebooks.additive_powers_of_two])
+def test_the_scale_of_levels_has_the_gradient_of_finite_differences(table: Callable[[int], Tensor]) -> None:
+    """Of what is clipped; and of the error of what is not, as straight-through has it: level minus place."""
+    x, levels = torch.tensor([[-9.0, 9.0, 11.0, 0.0, 0.26]]), table(4)
+    scale = torch.tensor([1.0], requires_grad=True)
+    got = learned.learned_levels(x, scale, levels, None)
+    assert got[0, :4].tolist() == [-1.0, 1.0, 1.0, 0.0]
+    got.backward(torch.tensor([[2.0, 3.0, -1.0, 5.0, 10.0]]))
+    wanted = -2.0 + 3.0 - 1.0 + 10.0 * (got[0, 4].item() - 0.26)
+    high = len(levels) // 2
+    assert float(scale.grad) == pytest.approx(wanted * learned.gradient_scale(x, scale, high, False) * high**2)  # type: ignore[arg-type]
+
+
 def test_signs_have_a_learned_scale_and_zeros_stay() -> None:
     x = torch.tensor([[0.5, -0.1, 0.0, 9.0], [1.0, 1.0, -1.0, 0.2]], requires_grad=True)
     step = torch.tensor([0.5, 2.0], requires_grad=True)
@@ -104,6 +134,7 @@ def test_masked_weights_stay_zero_on_every_grid() -> None:
     for got in (
         learned.learned_step(x, step, None, 0, 0, -2, 1, False),
         learned.learned_sign(x, step, 0, 0),
+        learned.learned_levels(x, step, codebooks.powers_of_two(3), 0),
         learned.learned_range(x, torch.tensor(0.3), torch.tensor(-0.7), 16),
     ):
         assert not got[:, ::2].any()

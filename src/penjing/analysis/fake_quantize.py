@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
+from penjing.analysis.level_grids import level_grid
 from penjing.analysis.operators import operator_name
 from penjing.analysis.placement import Placement, Quantizer
 from penjing.analysis.weight_grids import limits
 from penjing.network import graph as flat
 from penjing.network.network import Network
-from penjing.tensors import grids
+from penjing.tensors import codebooks, grids
 from penjing.tensors.grids import Grid, Ranges
-from penjing.tensors.learned_grids import learned_range, learned_sign, learned_step, spread, widest_step
+from penjing.tensors.learned_grids import learned_levels, learned_range, learned_sign, learned_step, spread, widest_step
 
 #: Wider grids cover all values: they have codes to spare, and with few weights a scale a step that learns runs away.
 _LEARNED = 7
@@ -30,26 +31,41 @@ _TRANSPOSITIONS = ("aten::t", "aten::transpose", "aten::permute", "aten::numpy_T
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """A weight's grid; with `binary`, of the two points minus and plus its scale. The scales of a `widest` grid follow
-    the largest weights instead of being learned."""
+    """A weight's grid; with `binary`, of the two points minus and plus its scale, with `levels` (K,) of these times its
+    scale. The scales of a `widest` grid follow the largest weights instead of being learned."""
 
     grid: Grid
     binary: bool = False
     widest: bool = False
+    levels: Tensor | None = None
+
+    @property
+    def most(self) -> float:
+        """How many times its scale the largest value is."""
+        return self.grid.quant_max if self.levels is None else 1.0
 
     def rounded(self, x: Tensor) -> Tensor:
         """`x` on the grid: what the operators of tensors/learned_grids.py give."""
+        scale = spread(self.grid.scale.flatten(), x, self.grid.axis, self.grid.group)
         if self.binary:
-            return x.sign() * spread(self.grid.scale.flatten(), x, self.grid.axis, self.grid.group)
+            return x.sign() * scale
+        if self.levels is not None:
+            return codebooks.nearest(x / scale, self.levels) * scale
         return grids.fake_quantize(x, self.grid)
 
 
-def weight_grid(x: Tensor, dtype: str, *, axis: int | None, group: int = 0, ranges: Ranges = "mse") -> WeightGrid:
+def weight_grid(
+    x: Tensor, dtype: str, *, axis: int | None, group: int = 0, ranges: Ranges = "mse", levels: str = "uniform"
+) -> WeightGrid:
     """The grid to start from: of least squared error; for binary weights the mean magnitude (Rastegari et al. 2016).
 
-    Raises ValueError when `x` is empty or not finite.
+    `levels` other than "uniform" are those of `level_grids`, without groups. Raises ValueError when `x` is empty or not
+    finite.
     """
     low, high = limits(dtype, symmetric=True)
+    if levels != "uniform":
+        scaled, _, table = level_grid(x, levels, dtype, axis=axis)
+        return WeightGrid(scaled, widest=high > _LEARNED, levels=table)
     ranges = ranges if high <= _LEARNED else "minmax"
     grid = grids.tensor_grid(x, low, high, axis=axis, group=group, ranges=ranges)
     if high > _LEARNED:
@@ -98,7 +114,7 @@ class Simulated:
         for name, start in self.started.items():
             latent, grid = tensors[name].detach(), start.grid
             if start.widest:
-                step = widest_step(latent, None if grid.group else grid.axis, grid.group, grid.quant_max)
+                step = widest_step(latent, None if grid.group else grid.axis, grid.group, start.most)
             else:
                 step = tensors[f"{name}_step"].detach().clamp_min(1e-8)
             learned = replace(start, grid=replace(grid, scale=step.view(grid.scale.shape).clone()))
@@ -139,6 +155,8 @@ def simulate(
         zero = weight.grid.zero_point
         if zero.any():
             tensors[f"{name}_zero"] = zero.flatten().float()
+        if weight.levels is not None:
+            tensors[f"{name}_levels"] = weight.levels
         for read in reads:
             _weight_node(graph, read, weight, bool(zero.any()))
     names: dict[int, tuple[str, Grid]] = {}
@@ -173,11 +191,14 @@ def _weight_node(graph: fx.Graph, read: fx.Node, weight: WeightGrid, shifted: bo
     axis = None if grid.group else grid.axis
     with graph.inserting_before(first):
         if weight.widest:
-            step = graph.call_function(widest_step, (read, axis, grid.group, grid.quant_max))
+            step = graph.call_function(widest_step, (read, axis, grid.group, weight.most))
         else:
             step = graph.create_node("get_attr", f"{read.target}_step")
         if weight.binary:
             new = graph.call_function(learned_sign, (read, step, axis, grid.group))
+        elif weight.levels is not None:
+            levels = graph.create_node("get_attr", f"{read.target}_levels")
+            new = graph.call_function(learned_levels, (read, step, levels, axis))
         else:
             zero = graph.create_node("get_attr", f"{read.target}_zero") if shifted else None
             limits = (grid.quant_min, grid.quant_max)

@@ -16,19 +16,19 @@ _TABLES = {"additive-powers-of-two": codebooks.additive_powers_of_two, "power-of
 LEVEL_TYPES = ("int8", "int6", "int4", "int3", "int2")
 
 
-def check_levels(spacing: str, weights: str, granularity: str, *, plain: bool) -> None:
-    """Raises RecipeError for fields of Quantize that uneven levels cannot follow; `plain`: no others say a grid."""
+def check_levels(spacing: str, weights: str, granularity: str, *, plain: bool = True, step: str = "Quantize") -> None:
+    """Raises RecipeError for fields of a `step` that uneven levels cannot follow; `plain`: no others say a grid."""
     if spacing == "uniform":
         return
     if weights not in LEVEL_TYPES:
         raise RecipeError(
-            f"Quantize.levels {spacing!r} are for weights of 2 to 8 bits, got {weights!r}",
+            f"{step}.levels {spacing!r} are for weights of 2 to 8 bits, got {weights!r}",
             hint="for example weights='int4'",
         )
     if granularity not in ("channel", "tensor") or not plain:
         raise RecipeError(
-            f"Quantize.levels {spacing!r} come with a scale for each channel or tensor and no other grid",
-            hint="leave scales and symmetric away, and set granularity='channel'",
+            f"{step}.levels {spacing!r} come with a scale for each channel or tensor and no other grid",
+            hint="set granularity='channel'" if plain else "leave scales and symmetric away",
         )
 
 
@@ -50,7 +50,7 @@ def level_grid(weight: Tensor, spacing: str, dtype: str, *, axis: int | None = N
     rows, _ = grid_rows(weight, axis, 0)
     scale = codebooks.scaled(rows, levels)
     spread = scale.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
-    values = codebooks.decode(codebooks.encode(weight.detach().float() / spread, levels), levels) * spread
+    values = codebooks.nearest(weight.detach().float() / spread, levels) * spread
     scale = scale[0] if axis is None else scale
     zero = torch.zeros(scale.shape, dtype=torch.int64)
     return Grid(scale, zero, 0, len(levels) - 1, axis), values, levels

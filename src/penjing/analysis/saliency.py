@@ -34,7 +34,10 @@ def gradients(network: Network, batches: Samples, loss: Loss) -> Iterator[dict[s
         torch.autograd.backward(loss(module, inputs, labels))
         found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
         if not all(bool(torch.isfinite(g).all()) for g in found.values()):
-            raise DataError("the gradients of the loss are NaN or infinite on these samples")
+            raise DataError(
+                "the gradients of the loss are NaN or infinite on these samples",
+                hint="look for NaN in samples and labels",
+            )
         yield found
 
 

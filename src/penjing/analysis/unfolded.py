@@ -18,7 +18,6 @@ from penjing.analysis.passes import fold_batch_norms
 from penjing.analysis.placement import Quantizer
 from penjing.network.edits import Edit, ReplaceLayer, SetWeights
 from penjing.network.network import Network
-from penjing.tensors import grids
 from penjing.tensors.grids import Grid
 
 
@@ -82,7 +81,7 @@ def folded_scales(value: Tensor, folded: Tensor, weight: WeightGrid) -> tuple[Gr
     ratio = torch.where(power > 0, ratio.abs(), torch.ones_like(ratio)).clamp_min(1e-12)
     scale = (grid.scale.double() * (ratio.view(-1, 1) if grid.group else ratio)).to(torch.float32)
     moved = replace(grid, scale=scale)
-    lost = int((grids.fake_quantize(folded, moved) - folded).abs().gt(0.25 * float(scale.min())).sum())
+    lost = int((replace(weight, grid=moved).rounded(folded) - folded).abs().gt(0.25 * float(scale.min())).sum())
     return moved, lost
 
 

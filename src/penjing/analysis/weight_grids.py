@@ -76,6 +76,12 @@ def on_grid(weight: Tensor, grid: Grid, dtype: str) -> Tensor:
     return grids.dequantize(weight.sign().to(torch.int8), grid)
 
 
+def made_ternary(values: Tensor, dtype: str) -> str:
+    """What the zeros among "binary" weights, which pruning leaves, make of them, in words; "" without."""
+    zeros = int((values == 0).sum()) if dtype == "binary" else 0
+    return f"its {zeros} zeros stay, so that it is stored as ternary (-1, 0, 1)" if zeros else ""
+
+
 def power_of_two(grid: Grid) -> Grid:
     """The grid with every scale rounded up to a power of two; it covers at least the same range."""
     mantissa, exponent = torch.frexp(grid.scale)

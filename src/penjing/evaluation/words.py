@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from penjing.budget import is_fraction
@@ -12,7 +11,7 @@ from penjing.budget import is_fraction
 Values = Mapping[str, Any]
 MINUS = "−"
 SAME = 0.03
-_NAMED = 12  # layers in one sentence
+_NAMED = 5  # layers in one sentence
 _BUSY = 4.0
 
 
@@ -186,9 +185,13 @@ def in_float(target: Values) -> list[str]:
         layers.setdefault(precision, []).append(layer)
     return [
         f"On {target['result']['runtime']} {len(names)} layer{'s' * (len(names) > 1)} on integer grids really ran in "
-        f"{precision}: {', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}."
+        f"{precision}: {_some(names)}."
         for precision, names in layers.items()
     ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _crowded(measurement: Values) -> bool:
@@ -234,10 +237,12 @@ def _speed(latency: Values, target: Values) -> str:
 
 
 def widened(rows: Iterable[Values]) -> str:
-    """What a file holds wider than the network: "20 tensors of int3 as int4 (no int3 in the file)"; "" for nothing."""
-    kinds = Counter((row["kind"], row["stored"], row["why"]) for row in rows)
+    """What a file holds wider than the network: "2 tensors of int3 as int4 (no int3 in the file): a, b"; or ""."""
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        kinds.setdefault((row["kind"], row["stored"], row["why"]), []).append(row["tensor"])
     several = [
-        f"{count} tensor{'s' * (count > 1)} of {kind} as {stored} ({why})"
-        for (kind, stored, why), count in kinds.items()
+        f"{len(names)} tensor{'s' * (len(names) > 1)} of {kind} as {stored} ({why}): {_some(names)}"
+        for (kind, stored, why), names in kinds.items()
     ]
-    return "wider than in the network: " + ", ".join(several) if several else ""
+    return "wider than in the network: " + "; ".join(several) if several else ""

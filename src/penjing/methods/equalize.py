@@ -37,7 +37,8 @@ class Equalize(Step):
       et al. 2019, "Data-free quantization through weight equalization and bias correction"). Needs no samples. For
       scales per tensor, above all in networks of depthwise convolutions.
     - "smooth": so that large activations move into weights, by `alpha` of their size (0.5 if nothing is said; Xiao et
-      al. 2023, "SmoothQuant"). For quantized activations with outliers; only in front of linear layers.
+      al. 2023, "SmoothQuant"). For activations of which a few channels are far wider than the others, in front
+      of linear layers and convolutions alike, with weights of 8 bits, which have codes to spare.
     - "awq": so that channels that carry much get finer steps, by a power `alpha` of their mean size (None: the one that
       makes the error of the layers least when their weights are rounded as `weights`, `granularity` and `symmetric`
       say; Lin et al. 2024, "AWQ"). For weights of few bits. What no power makes better stays.
@@ -63,14 +64,16 @@ class Equalize(Step):
     def _rule(self) -> GridRule:
         """The grid that "awq" rounds to. Raises RecipeError if the fields make none."""
         try:
-            low, high = grids.limits(self.weights, narrow=self.symmetric)
+            low, high = grids.limits(str(self.weights), narrow=self.symmetric)
         except ValueError as error:
             raise RecipeError(
                 f"Equalize.weights must be an integer type of 2 to 16 bits, got {self.weights!r}",
                 hint="for example weights='int4'",
             ) from error
         if high - low < 2 or high - low >= 2**16:
-            raise RecipeError(f"Equalize.weights must have 2 to 16 bits, got {self.weights!r}")
+            raise RecipeError(
+                f"Equalize.weights must have 2 to 16 bits, got {self.weights!r}", hint="for example weights='int4'"
+            )
         known = granularity(self.granularity) if isinstance(self.granularity, str) else None
         if known is None:
             raise RecipeError(
@@ -118,7 +121,6 @@ class Equalize(Step):
             if all(matches(self.where, p) for p in link.parameters)
             and (link.layer or self.criterion != "weights")
             and (self.criterion != "awq" or all(r.weight in known for r in link.readers))
-            and (self.criterion != "smooth" or all(r.product for r in link.readers))
         ]
         if not links:
             raise RecipeError(

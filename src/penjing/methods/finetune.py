@@ -128,7 +128,9 @@ class Finetune(Step):
     def check(self, context: Context) -> None:
         """Training needs samples, and labels with a task unless a teacher is followed."""
         if context.data is None:
-            raise DataError("Finetune needs samples and no data was given")
+            raise DataError(
+                "Finetune needs samples and no data was given", hint="give data, best what it was trained on"
+            )
         if self.teacher is None:
             if context.task is None:
                 raise RecipeError(
@@ -153,7 +155,10 @@ class Finetune(Step):
                 hint="capture the network with a batch size that may change",
             )
         if not any(matches(self.where, name) for name in network.parameter_names):
-            raise RecipeError(f"Finetune.where selects no parameter, got {self.where!r}")
+            raise RecipeError(
+                f"Finetune.where selects no parameter, got {self.where!r}",
+                hint=f"for example where={next(iter(network.parameter_names), '*')!r}",
+            )
 
     def _batches(
         self, data: Data, teacher: nn.Module | None, context: Context, fast: bool
@@ -220,7 +225,10 @@ class Finetune(Step):
 
         def _by_labels(outputs: Any, labels: Any) -> Tensor:
             if task is None or labels is None:
-                raise DataError("a batch without labels cannot be trained on without a teacher")
+                raise DataError(
+                    "a batch without labels cannot be trained on without a teacher",
+                    hint="label every sample, or learn without labels by teacher: original",
+                )
             return task.loss(outputs, labels)
 
         return loss

@@ -79,7 +79,10 @@ class Gradually(Step):
         if self.held_out is not None and self.floor is None:
             raise RecipeError("Gradually.held_out is for a floor, and there is none", hint="floor: accuracy>=-1%")
         if self.resume is not None and (not isinstance(self.resume, str) or not self.resume):
-            raise RecipeError(f"Gradually.resume must be the path of a folder, as text, got {self.resume!r}")
+            raise RecipeError(
+                f"Gradually.resume must be the path of a folder, as text, got {self.resume!r}",
+                hint="for example resume='rounds'",
+            )
         if self.floor is not None:
             read_floor(self, self.floor)
         for before, share in zip([0.0, *self.shares], self.shares, strict=False):

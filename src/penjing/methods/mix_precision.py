@@ -76,7 +76,7 @@ class MixPrecision(Step):
             )
         if self.where != "*":
             raise RecipeError(f"MixPrecision.where selects nothing, got {self.where!r}", hint="give it to quantize")
-        if len(set(self.weights)) < 2:
+        if not isinstance(self.weights, list) or len(set(self.weights)) < 2:
             raise RecipeError(
                 f"MixPrecision.weights must name at least two types, got {self.weights!r}",
                 hint="for example [int8, int4]",

@@ -105,7 +105,10 @@ class PruneWeights(Step):
                 hint="give sparsity, or use 'magnitude'",
             )
         if self.threshold is not None and (self.allocation is not None or self.per_row):
-            raise RecipeError("PruneWeights.threshold decides by itself; allocation and per_row must be left away")
+            raise RecipeError(
+                "PruneWeights.threshold decides by itself; allocation and per_row must be left away",
+                hint="or give sparsity instead of threshold",
+            )
         if pattern.group:
             implied = 1 - pattern.keep / pattern.group
             if self.threshold is not None or (self.sparsity is not None and abs(self.sparsity - implied) > 1e-6):
@@ -118,7 +121,8 @@ class PruneWeights(Step):
             if self.allocation is not None or self.per_row:
                 raise RecipeError(
                     f"PruneWeights.pattern {self.pattern!r} keeps as many everywhere; "
-                    "allocation and per_row must be left away"
+                    "allocation and per_row must be left away",
+                    hint="or give sparsity instead of a pattern",
                 )
         if self.per_row and self.criterion in ("obc", "sparsegpt"):
             raise RecipeError(

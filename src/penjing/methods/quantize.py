@@ -60,8 +60,9 @@ class Quantize(Step):
     one for the "tensor". No integer kernel multiplies groups: what reads them computes in float. `symmetric` weights
     have zero point 0; activations are always asymmetric, one grid a tensor.
 
-    `rounding` of weights, beside "nearest", looks at what layers give on samples, in the network quantized so far; no
-    labels, no gradients through the whole network (1000 samples do well):
+    `rounding` of weights, beside "nearest", looks at what layers give on samples, in the network quantized so far
+    (activations that are "dynamic" are float there); no labels, no gradients through the whole network (1000 samples do
+    well):
 
     - "gptq": layer by layer in closed form, each making up for those before it (Frantar et al. 2023, "GPTQ", on
       asymmetric targets: see analysis/quantized_reconstruct.py). Fast; also the scales are chosen by the outputs.
@@ -133,15 +134,12 @@ class Quantize(Step):
             )
         for field in ("symmetric", "headroom", "correct_bias", "correct_scale"):
             if not isinstance(getattr(self, field), bool):
-                raise RecipeError(f"Quantize.{field} must be true or false, got {getattr(self, field)!r}")
+                raise RecipeError(
+                    f"Quantize.{field} must be true or false, got {getattr(self, field)!r}", hint="left away it is True"
+                )
         few = {"ternary", "binary"} & {self.edges, *kinds}
         if not self.symmetric and few:
             raise RecipeError(f"{min(few)} weights are symmetric", hint="leave symmetric away, or use weights='int2'")
-        if self.rounding != "nearest" and self.activations == "dynamic":
-            raise RecipeError(
-                f"Quantize.rounding={self.rounding!r} looks at activations on their grids; dynamic ones have none yet",
-                hint="activations: int8, or null to store weights only",
-            )
 
     @property
     def count(self) -> int:

@@ -92,7 +92,10 @@ class SearchAmount(Step):
                 "SearchAmount takes either folds or held_out, got both", hint="each of k folds holds 1/k of the samples"
             )
         if self.method == "grid" and self.resolution is not None:
-            raise RecipeError("SearchAmount.resolution ends a bisection; a grid is as fine as trials says")
+            raise RecipeError(
+                "SearchAmount.resolution ends a bisection; a grid is as fine as trials says",
+                hint="leave resolution away, or use method='bisection'",
+            )
 
     def check(self, context: Context) -> None:
         """What `step` and `after` need; labelled samples and a task to judge by."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from penjing.analysis.activation_grids import activation_grids, activation_types
 from penjing.analysis.fake_quantize import Simulated, WeightGrid, quantizable, simulate, weight_grid
 from penjing.analysis.grid_edits import activation_edit, weight_edit
+from penjing.analysis.level_grids import LEVELS, check_levels
 from penjing.analysis.passes import fold_batch_norms, fold_pads
 from penjing.analysis.placement import Placement, place
 from penjing.analysis.unfolded import folded_scales, in_front_of_folding, positive_norms
-from penjing.analysis.weight_grids import WEIGHT_TYPES, granularity
+from penjing.analysis.weight_grids import WEIGHT_TYPES, granularity, made_ternary
 from penjing.errors import DataError, InputError, RecipeError
 from penjing.network import Edit, Network, SetWeights
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
@@ -44,6 +45,9 @@ class TrainQuantized(Step):
     accuracy worth training for: their ranges are taken from `samples` samples once the weights are final. None leaves
     them float.
 
+    `levels` "power-of-two" and "additive-powers-of-two" space weights of 8 to 2 bits unevenly, as in Quantize, the
+    scale learned (Li et al. 2020, "Additive powers-of-two quantization"); what reads them computes in float.
+
     `lower` names wider types to go through first, ["int8", "int4"]: the epochs of `finetune` are shared evenly among
     all widths, each going on from the weights of the one before (Zhuang et al. 2018, "Towards effective
     low-bitwidth convolutional neural networks", §3.2). Batch norms learn as usual and are folded afterwards, which
@@ -56,6 +60,7 @@ class TrainQuantized(Step):
     weights: str = "int4"
     activations: str | None = "int8"
     granularity: str = "channel"
+    levels: str = "uniform"
     edges: str = "int8"
     lower: list[str] = field(default_factory=list)
     samples: int = 300
@@ -76,22 +81,29 @@ class TrainQuantized(Step):
                 f"got {self.granularity!r}",
                 hint="for example granularity='group:64'",
             )
-        unknown = [t for t in self.lower if t not in _WEIGHTS]
+        unknown = [t for t in self.lower if t not in _WEIGHTS] if isinstance(self.lower, list) else [self.lower]
         if unknown:
             raise RecipeError(
-                f"TrainQuantized.lower must name types of weights, got {unknown[0]!r}", hint=f"of {', '.join(_WEIGHTS)}"
+                f"TrainQuantized.lower must be a list of types of weights, got {unknown[0]!r}",
+                hint=f"of {', '.join(_WEIGHTS)}",
             )
+        self.require_one_of("levels", LEVELS)
+        for dtype in (self.weights, self.edges, *self.lower):
+            check_levels(self.levels, dtype, self.granularity, step=self.name)
         order = [_WEIGHTS.index(t) for t in (*self.lower, self.weights)]
         if any(a >= b for a, b in itertools.pairwise(order)):
             raise RecipeError(
                 f"TrainQuantized.lower must go from wide to narrow and end above weights={self.weights!r}, "
-                f"got {self.lower!r}"
+                f"got {self.lower!r}",
+                hint=f"for example lower={list(_WEIGHTS[: _WEIGHTS.index(self.weights)][:2])!r}",
             )
 
     def check(self, context: Context) -> None:
         """What the training needs; activations need samples."""
         if context.data is None:
-            raise DataError("TrainQuantized needs samples and no data was given")
+            raise DataError(
+                "TrainQuantized needs samples and no data was given", hint="give data, best what it was trained on"
+            )
         self.finetune.check(context)
 
     def plan(self, network: Network, context: Context) -> Plan:
@@ -177,7 +189,9 @@ class _Planner:
             # A scale for each group needs rows; what has its channels elsewhere keeps one for each channel.
             group = self.group if axis == 0 else 0
             try:
-                weights[name] = weight_grid(tensors[name].detach(), own, axis=axis, group=group)
+                weights[name] = weight_grid(
+                    tensors[name].detach(), own, axis=axis, group=group, levels=self.settings.levels
+                )
             except ValueError as error:
                 raise InputError(f"{name} cannot be quantized: {error}", hint="exclude it with where") from error
         quantizers = in_front_of_folding(network, self.folded, self.placement.quantizers)
@@ -220,7 +234,7 @@ class _Planner:
         tensors, reasons = folded.tensors(), []
         for name, (value, weight) in weights.items():
             grid, clipped = folded_scales(value, tensors[name].detach(), weight)
-            edits.append(weight_edit(name, grid))
+            edits.append(weight_edit(name, grid, weight.levels))
             reasons.append(self._reason(name, value, current.tensors()[name].detach(), grid, clipped))
         if self.placement.quantizers:
             types = self._types()
@@ -236,12 +250,11 @@ class _Planner:
         kind = self.settings.edges if name in self.outer else self.settings.weights
         score = grids.sqnr(latent, value)
         why = f"{score:.1f} dB from the float weights that were trained"
-        return Reason(
-            layer=name.removesuffix(".weight"),
-            choice=f"{kind} weights",
-            score=score,
-            why=why + (f", {clipped} codes clipped by a norm of negative weight" if clipped else ""),
-        )
+        why += "" if self.settings.levels == "uniform" else f", {self.settings.levels} levels: computed in float"
+        why += f", {clipped} codes clipped by a norm of negative weight" if clipped else ""
+        if pruned := made_ternary(value, kind):
+            why += f", {pruned}"
+        return Reason(layer=name.removesuffix(".weight"), choice=f"{kind} weights", score=score, why=why)
 
 
 __all__ = ["TrainQuantized"]

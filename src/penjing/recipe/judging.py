@@ -42,7 +42,9 @@ def scores_of(
     with torch.no_grad(), progress.task(f"{task.metric} of {network.name}", None) as advance:
         for inputs, labels in data.batches(fixed or _BATCH, limit=limit):
             if labels is None:
-                raise DataError(f"the task '{task.name}' needs labels, but the data has none")
+                raise DataError(
+                    f"the task '{task.name}' needs labels, but the data has none", hint="give labelled samples"
+                )
             found.append(torch.as_tensor(task.scores(_outputs(network, inputs, fixed), labels)).flatten())
             advance(len(found[-1]))
     return torch.cat(found)
@@ -80,7 +82,9 @@ def require_judge(step: Step, text: str, context: Context) -> None:
     """Raises DataError or RecipeError unless the samples and the task of `context` can be held against a floor."""
     constraint = read_floor(step, text)
     if context.data is None:
-        raise DataError(f"{step.name}.floor needs samples to judge by and no data was given")
+        raise DataError(
+            f"{step.name}.floor needs samples to judge by and no data was given", hint="give labelled samples"
+        )
     if context.task is None:
         raise RecipeError(f"{step.name}.floor needs a task to judge by, and none was given", hint="give a task")
     if next(context.data.batches(1, limit=1))[1] is None:

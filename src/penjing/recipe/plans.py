@@ -75,7 +75,7 @@ class Plan:
                 notes=tuple(described["notes"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is not a readable plan ({error})") from error
+            raise InputError(f"{path} is not a readable plan ({error})", hint="Plan.save writes one") from error
 
 
 def _edit_to_json(edit: Edit, number: int, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from penjing.analysis.dynamic_grids import why_float
 from penjing.analysis.placement import Layer, Placement
 from penjing.analysis.twin import Twin
-from penjing.analysis.weight_grids import granularity, shifts
+from penjing.analysis.weight_grids import granularity, made_ternary, shifts
 from penjing.analysis.weight_rounding import RoundedWeight
 from penjing.recipe.plans import Reason
 from penjing.tensors.grids import sqnr
@@ -54,7 +54,7 @@ def layer_reasons(
 
 
 def _of_weight(settings: Any, layer: Layer, weight: RoundedWeight) -> list[str]:
-    words = []
+    words = [made_ternary(weight.values, weight.dtype)]
     if settings.scales == "power-of-two":
         words.append(shifts(weight.grid))
     if weight.grid.group and layer.integer:

@@ -81,14 +81,15 @@ class Recipe:
         try:
             text = file.read_text(encoding="utf8")
         except FileNotFoundError:
-            raise InputError(f"there is no recipe {file}") from None
+            raise InputError(f"there is no recipe {file}", hint="a YAML or JSON file with the entry 'steps'") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the recipe {file}: {error}") from error
         try:
             described = json.loads(text) if file.suffix == ".json" else yaml.load(text, _Loader)
         except (ValueError, yaml.YAMLError) as error:
             raise RecipeError(
-                f"{file} is not valid {'JSON' if file.suffix == '.json' else 'YAML'}: {' '.join(str(error).split())}"
+                f"{file} is not valid {'JSON' if file.suffix == '.json' else 'YAML'}: {' '.join(str(error).split())}",
+                hint="for example steps: [{PruneChannels: {ratio: 0.5}}]",
             ) from error
         try:
             return cls.from_dict(described)

@@ -48,7 +48,7 @@ def unlabelled(network: Network, context: Context, limit: int) -> Iterator[Any]:
     """Inputs of the first `limit` samples, in batches small enough for a processor's caches; what does not fill a fixed
     batch is left out. Raises DataError without data."""
     if context.data is None:
-        raise DataError("samples are needed and no data was given")
+        raise DataError("samples are needed and no data was given", hint="a hundred without labels are enough")
     fixed = network.inputs[0].shape[0]
     values = sum(math.prod(i.shape[1:]) for i in network.inputs)
     size = min(limit, max(4, min(32, _CACHED // max(1, values)))) if network.batch_is_dynamic else fixed

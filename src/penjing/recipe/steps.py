@@ -111,7 +111,7 @@ class Step(ABC):
         wanted = _field_types(type(self))[field]
         if good and isinstance(value, float) and float not in (typing.get_args(wanted) or (wanted,)):
             raise RecipeError(
-                f"{self.name}.{field} must be a whole number, got {value!r}", hint=_left_away(type(self), field)
+                f"{self.name}.{field} must be a whole number, got {value!r}", hint=_remedy(type(self), field, low, high)
             )
         if (
             not good
@@ -131,7 +131,7 @@ class Step(ABC):
                 limits = f"a number {limits}"
             raise RecipeError(
                 f"{self.name}.{field} must be {limits}, got {value!r}",
-                hint=_hint(value, low, high) or _left_away(type(self), field),
+                hint=_percent(value, low, high) or _remedy(type(self), field, low, high),
             )
 
     def require_one_of(self, field: str, known: Sequence[Any]) -> None:
@@ -150,7 +150,7 @@ class Step(ABC):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise RecipeError(
                 f"{self.name}.{field} must be a whole number of at least {low}, got {value!r}",
-                hint=_left_away(type(self), field),
+                hint=_remedy(type(self), field, low),
             )
 
     def require_step(self, field: str) -> None:
@@ -189,18 +189,22 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
-def _hint(value: Any, low: float, high: float) -> str | None:
+def _percent(value: Any, low: float, high: float) -> str | None:
     if isinstance(value, int | float) and (low, high) == (0, 1) and 1 < value <= 100:
         return f"write {value / 100:g} for {value:g} %"
     return None
 
 
-def _left_away(kind: type[Step], field: str) -> str | None:
-    """What happens without a value: a hint where any number in a range would do."""
+def _remedy(kind: type[Step], field: str, low: float = 1, high: float = float("inf")) -> str:
+    """A hint where any number from `low` to `high` would do: what happens without one, or a number that works."""
     default = _default(next(f for f in dataclasses.fields(kind) if f.name == field))
-    if default is dataclasses.MISSING:
-        return None
-    return "it may be left away" if default is None else f"left away it is {default!r}"
+    if default is not None and default is not dataclasses.MISSING:
+        return f"left away it is {default!r}"
+    if default is None and high == float("inf"):  # what suits here depends on the network
+        return "it may be left away"
+    middle = (low + high) / 2 if high < float("inf") else max(low, 1)
+    example = f"for example {field}={middle:g}"
+    return example if default is dataclasses.MISSING else f"{example}; it may be left away"
 
 
 def step(cls: S) -> S:
@@ -237,13 +241,14 @@ def step_from(row: Any, place: str) -> Step:
         raise RecipeError(f"{place}: a step is one name with its fields", hint="- PruneChannels: {ratio: 0.5}")
     ((name, fields),) = row.items()
     fields = {} if fields is None else fields
-    if not isinstance(fields, Mapping):
-        raise RecipeError(f"{place}: the fields of {name} must be a mapping, got {fields!r}")
     try:
         kind = STEPS.get(str(name))
     except RecipeError as error:
         raise RecipeError(f"{place}: {error.message}", hint=error.hint) from error
     types_of = _field_types(kind)
+    names = f"its fields: {', '.join(types_of)}"
+    if not isinstance(fields, Mapping):
+        raise RecipeError(f"{place}: the fields of {name} must be a mapping, got {fields!r}", hint=names)
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in fields and _default(f) is dataclasses.MISSING]
     built: dict[str, Any] = {}
     for field, value in fields.items():
@@ -255,11 +260,14 @@ def step_from(row: Any, place: str) -> Step:
         built[field] = value
         if not _fits(value, types_of[field]):
             wanted = _words(types_of[field])
-            quoted = f"put it in quotes, {field}: '…': YAML reads some words as numbers"
-            hint = quoted if "text" in wanted and isinstance(value, int) else None
+            hint = _remedy(kind, field)
+            if _takes_a_step(types_of[field]):
+                hint = f"for example {field}: {{PruneChannels: {{ratio: 0.5}}}}"
+            elif "text" in wanted and isinstance(value, int):
+                hint = f"put it in quotes, {field}: '…': YAML reads some words as numbers"
             raise RecipeError(f"{place}: {name}.{field} must be {wanted}, got {value!r}", hint=hint)
     if missing:
-        raise RecipeError(f"{place}: {name} needs the field '{missing[0]}'", hint=f"its fields: {', '.join(types_of)}")
+        raise RecipeError(f"{place}: {name} needs the field '{missing[0]}'", hint=names)
     try:
         return kind(**built)
     except RecipeError as error:

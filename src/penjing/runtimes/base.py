@@ -56,14 +56,17 @@ class Target:
         if not isinstance(self.runtime, str) or not self.runtime:
             raise TargetError(f"a Target needs the name of a runtime, got {self.runtime!r}", hint=_known())
         if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= 4096):
-            raise TargetError(f"Target.threads must be a whole number from 1 to 4096, got {self.threads!r}")
+            raise TargetError(
+                f"Target.threads must be a whole number from 1 to 4096, got {self.threads!r}",
+                hint="for example threads=2",
+            )
         if self.precision is not None and self.precision not in PRECISIONS:
             raise TargetError(
                 f"Target.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}",
                 hint="int8 comes from the Quantize step; precision says how what is left in float is computed",
             )
         if self.device != "cpu":
-            raise TargetError(f"Target.device must be cpu, got {self.device!r}")
+            raise TargetError(f"Target.device must be cpu, got {self.device!r}", hint="leave device away")
 
     @classmethod
     def several(cls, given: Any) -> tuple[Target, ...]:
@@ -79,7 +82,9 @@ class Target:
         if isinstance(text, Target):
             return text
         if not isinstance(text, str):
-            raise TargetError(f"a target is a text such as 'openvino:threads=2', got {type(text).__name__}")
+            raise TargetError(
+                f"a target is a text such as 'openvino:threads=2', got {type(text).__name__}", hint=_known()
+            )
         runtime, _, options = text.strip().partition(":")
         RUNTIMES.get(runtime)
         given: dict[str, Any] = {}
@@ -91,7 +96,7 @@ class Target:
                 known = ("threads", "precision", "device")
                 raise TargetError(f"a target has no option called {key!r}", hint=did_you_mean(key, known))
             if key in given:
-                raise TargetError(f"target option {key!r} is given twice in {text!r}")
+                raise TargetError(f"target option {key!r} is given twice in {text!r}", hint="give it once")
             if key == "threads":
                 if not value.isdecimal():
                     raise TargetError(f"threads must be a whole number, got {value!r}", hint=f"in {text!r}")

@@ -70,13 +70,18 @@ def encode(x: Tensor, levels: Tensor) -> Tensor:
     `x` (rows, values)."""
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
     if levels.ndim == 1:
-        return torch.bucketize(x.detach(), middles.to(x.dtype))
+        return torch.bucketize(x.detach().contiguous(), middles.to(x.dtype))
     return torch.searchsorted(middles.to(x.dtype).contiguous(), x.detach().contiguous())
 
 
 def decode(codes: Tensor, levels: Tensor) -> Tensor:
     """The levels that codes of `encode` point at."""
     return levels[codes] if levels.ndim == 1 else levels.gather(1, codes)
+
+
+def nearest(x: Tensor, levels: Tensor) -> Tensor:
+    """`x` on the ascending `levels`, shapes as for `encode`."""
+    return decode(encode(x, levels), levels)
 
 
 def scaled(x: Tensor, levels: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def scaled(x: Tensor, levels: Tensor) -> Tensor:
     for step in range(60):
         tried = scale * (1.2 - 0.018 * step)
         near = x / tried[:, None]
-        error = ((decode(encode(near, levels), levels) - near) * tried[:, None]).square().sum(1)
+        error = ((nearest(near, levels) - near) * tried[:, None]).square().sum(1)
         found = torch.where(error < best, tried, found)
         best = torch.minimum(best, error)
     return found.float()

@@ -6,6 +6,7 @@ trains, looks at or cuts graphs goes on to work:
 - `penjing.learned_step`: the nearest point of a grid whose step is learned (LSQ).
 - `penjing.widest_step`: the step with which a grid covers all values, for grids with codes to spare.
 - `penjing.learned_range`: the same with a learned lower end, for activations of both signs (LSQ+).
+- `penjing.learned_levels`: the nearest of fixed levels, unevenly spaced, times a learned scale (APoT).
 - `penjing.learned_sign`: one of two points, minus or plus a learned step (binary weights).
 - `penjing.soft_round`: a point between the two neighbours on a fixed grid (AdaRound).
 
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penjing.tensors.codebooks import nearest
 from penjing.tensors.grids import grid_rows
 
 #: Steps never fall below this: they are divided by.
@@ -40,8 +42,9 @@ _LIBRARY.define(
     " bool batched) -> Tensor",
     tags=_TAGS,
 )
-_LIBRARY.define("widest_step(Tensor x, int? axis, int group, int high) -> Tensor")
+_LIBRARY.define("widest_step(Tensor x, int? axis, int group, float high) -> Tensor")
 _LIBRARY.define("learned_range(Tensor x, Tensor step, Tensor offset, int levels) -> Tensor", tags=_TAGS)
+_LIBRARY.define("learned_levels(Tensor x, Tensor scale, Tensor levels, int? axis) -> Tensor", tags=_TAGS)
 _LIBRARY.define("learned_sign(Tensor x, Tensor step, int? axis, int group) -> Tensor", tags=_TAGS)
 _LIBRARY.define(
     "soft_round(Tensor x, Tensor choice, Tensor step, Tensor? zero_point, int? axis, int group, int low, int high)"
@@ -147,6 +150,28 @@ class _LearnedRange(torch.autograd.Function):
         )
 
 
+class _LearnedLevels(torch.autograd.Function):
+    """Li, Dong & Wang 2020, "Additive powers-of-two quantization", equation 6, its updates as large as those of LSQ."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, levels: Tensor, axis: int | None) -> Tensor:
+        wide = spread(scale, x, axis, 0).to(x.dtype).clamp_min(_LEAST)
+        place = x * wide.reciprocal()
+        on = nearest(place, levels).to(x.dtype)
+        ctx.save_for_backward(place, on, scale)
+        # The scale is as long as all the steps of an even grid together: as many times longer, as much less steep.
+        high = len(levels) // 2
+        ctx.axis, ctx.slope = axis, gradient_scale(x, scale, high, False) * high**2
+        return on * wide
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, (place, on, scale) = grads[0], ctx.saved_tensors
+        through = torch.ops.aten.hardtanh_backward(grad, place, -1 - _EDGE, 1 + _EDGE)
+        slope = gather(grad * on - through * place, scale, ctx.axis, 0).mul_(ctx.slope)
+        return through, slope, None, None
+
+
 class _LearnedSign(torch.autograd.Function):
     """Rastegari et al. 2016, "XNOR-Net", §3.1, its scale learned as in LSQ instead of recomputed."""
 
@@ -171,7 +196,7 @@ def _learned_step(
     return result
 
 
-def _widest_step(x: Tensor, axis: int | None, group: int, high: int) -> Tensor:
+def _widest_step(x: Tensor, axis: int | None, group: int, high: float) -> Tensor:
     rows, _ = grid_rows(x, axis, group)
     most = rows.detach().abs().amax(1) / high
     return torch.where(most < _LEAST, torch.ones_like(most), most)
@@ -179,6 +204,11 @@ def _widest_step(x: Tensor, axis: int | None, group: int, high: int) -> Tensor:
 
 def _learned_range(x: Tensor, step: Tensor, offset: Tensor, levels: int) -> Tensor:
     result: Tensor = _LearnedRange.apply(x, step, offset, levels)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _learned_levels(x: Tensor, scale: Tensor, levels: Tensor, axis: int | None) -> Tensor:
+    result: Tensor = _LearnedLevels.apply(x, scale, levels, axis)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -207,6 +237,7 @@ for _name, _function in (
     ("learned_step", _learned_step),
     ("widest_step", _widest_step),
     ("learned_range", _learned_range),
+    ("learned_levels", _learned_levels),
     ("learned_sign", _learned_sign),
     ("soft_round", _soft_round),
 ):
@@ -220,12 +251,14 @@ learned_step = torch.ops.penjing.learned_step.default
 widest_step = torch.ops.penjing.widest_step.default
 #: `learned_range(x, step, offset, levels)`: `x` on `levels` points from about `offset` upwards, one of them zero.
 learned_range = torch.ops.penjing.learned_range.default
+#: `learned_levels(x, scale, levels, axis)`: `x` on the nearest of ascending `levels` (K,) from -1 to 1 times its scale.
+learned_levels = torch.ops.penjing.learned_levels.default
 #: `learned_sign(x, step, axis, group)`: minus or plus `step`; exact zeros stay.
 learned_sign = torch.ops.penjing.learned_sign.default
 #: `soft_round(x, choice, step, zero_point, axis, group, low, high)`: `x` between the grid points next to it, as far up
 #: as `rectified(choice)` says (Nagel et al. 2020, "Up or down? Adaptive rounding", equation 22).
 soft_round = torch.ops.penjing.soft_round.default
-OPERATORS = (learned_step, learned_range, learned_sign, soft_round)
+OPERATORS = (learned_step, learned_range, learned_levels, learned_sign, soft_round)
 
 
 def rectified(choice: Tensor) -> Tensor:
