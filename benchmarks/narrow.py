@@ -2,7 +2,8 @@
 
     python benchmarks/narrow.py --data DIR [--only weights …] [--threads 2] [--out FILE.json]
 
-DIR holds hub.py with the pretrained networks and their data. Sections:
+DIR holds hub.py with the pretrained networks and their data. Peers run in an environment of their own (`environment` in
+quantization.py makes it). Sections:
 
 weights   ResNet-56 (1024 unlabelled training images) and DS-CNN (every other clip; tested on the others) with weights
           of 4 to 2 bits and activations of 8
@@ -10,14 +11,18 @@ both      the same with weights and activations of 4 bits
 trained   ResNet-56 with weights of 2 bits and ternary, trained on their grids with distillation; processor minutes
 levels    ResNet-20 with weights of 4 and 3 bits on even and uneven levels, rounded and trained
 mixed     widths by layer beside one width for all at the same bytes: accuracy, and how far outputs are from float's
-language  stories260k, weights only, 4 bits in groups of 128 and 64; nats a token over 150 blocks of other texts
+language  stories260k, weights only, 4 bits in groups of 128 and 64; nats a token over 150 blocks of other texts, of
+          the files in ONNX Runtime and OpenVINO too; NNCF's and ONNX Runtime's own quantizers beside
 
 Accuracies are of whole test sets. Every row is printed and kept as soon as it is there.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,11 +30,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sections import run
+from quantization import environment, onnxruntime_session, openvino_session
+from sections import ROOT, run
 from torch.utils.data import Subset, TensorDataset
 
 import penjing as pj
 from penjing.data import Data
+from penjing.runtimes import get_runtime
 from penjing.task import get_task
 
 EDGES: dict[str, Any] = {"edges": "int8"}
@@ -48,7 +55,9 @@ class Case:
         inputs = next(iter(Data(tested).batches(2)))[0]
         self.network = pj.capture(getattr(hub, name)(), inputs=inputs, name=name)
 
-    def row(self, what: str, *steps: pj.Step, labels: bool = False, off: bool = False) -> dict[str, Any]:
+    def row(
+        self, what: str, *steps: pj.Step, labels: bool = False, off: bool = False, files: Path | None = None
+    ) -> dict[str, Any]:
         started, used = time.perf_counter(), time.process_time()
         task = self.task if labels else None
         found = pj.compress(self.network, pj.Recipe(*steps), data=self.shown, task=task)
@@ -56,6 +65,8 @@ class Case:
         row |= {"processor minutes": round((time.process_time() - used) / 60, 2)}
         held = sum(found.network.stored_bytes().values())
         row |= {"metric": self.metric(found.network), "kB": round(held / 1000, 1)}
+        if files is not None:
+            row |= self.of_files(found.network, files)
         return {**row, **self.off(found.network), "notes": found.plans[-1].notes[:2]} if off else row
 
     @torch.no_grad()
@@ -79,6 +90,22 @@ class Case:
             right = [(module(x).argmax(1) == y).float() for x, y in Data(self.tested).batches(200)]
             return round(100 * torch.cat(right).mean().item(), 2)
         lost = [torch.nn.functional.cross_entropy(module(x).mT, y).item() for x, y in Data(self.tested).batches(10)]
+        return round(float(np.mean(lost)), 4)
+
+    def of_files(self, network: pj.Network, folder: Path) -> dict[str, float]:
+        """Nats a token of the network's files, by runtime."""
+        found = {}
+        for runtime in ("onnxruntime", "openvino"):
+            get_runtime(runtime).export(network, folder / f"{runtime}.onnx")
+            found[runtime] = self.of_file(folder / f"{runtime}.onnx", runtime)
+        return found
+
+    def of_file(self, file: Path, runtime: str) -> float:
+        session = (onnxruntime_session if runtime == "onnxruntime" else openvino_session)(file, 1)
+        lost = [
+            torch.nn.functional.cross_entropy(torch.from_numpy(session(x.numpy())).mT, y).item()
+            for x, y in Data(self.tested).batches(10)
+        ]
         return round(float(np.mean(lost)), 4)
 
 
@@ -183,16 +210,43 @@ def mixed(data: Path) -> Iterator[dict[str, Any]]:
 
 def language(data: Path) -> Iterator[dict[str, Any]]:
     case = stories()
-    start = case.metric(case.network)
-    yield {"network": case.name, "what": "float", "metric": start, "perplexity": round(math.exp(start), 3)}
-    for group in (128, 64):
-        for symmetric in (True, False):
-            fields: dict[str, Any] = {"activations": None, "granularity": f"group:{group}", "symmetric": symmetric}
-            awq = pj.Equalize(criterion="awq", granularity=f"group:{group}", symmetric=symmetric, samples=64)
-            for before, how in (((), "nearest"), ((), "gptq"), ((awq,), "nearest"), ((awq,), "gptq")):
-                step = pj.Quantize(weights="int4", rounding=how, samples=128, **fields)
-                row = case.row(_words("int4" + ", awq" * bool(before), {**fields, "rounding": how}), *before, step)
-                yield {**row, "perplexity more": round(math.exp(row["metric"]) - math.exp(start), 3)}
+    with tempfile.TemporaryDirectory() as held:
+        folder = Path(held)
+        start = {"metric": case.metric(case.network), **case.of_files(case.network, folder)}
+        yield {"network": case.name, "what": "float", **start}
+        (folder / "openvino.onnx").rename(folder / "float.onnx")
+        np.save(folder / "shown.npy", case.shown.tensors[0].numpy())
+        for row in _peers(folder):
+            file = folder / row.pop("file", "")
+            if file.is_file():
+                runtime = "openvino" if file.suffix == ".xml" else "onnxruntime"
+                row[runtime] = case.of_file(file, runtime)
+            yield {"network": case.name, **_more(row, start)}
+        for group in (128, 64):
+            for symmetric in (True, False):
+                fields: dict[str, Any] = {"activations": None, "granularity": f"group:{group}", "symmetric": symmetric}
+                awq = pj.Equalize(criterion="awq", granularity=f"group:{group}", symmetric=symmetric, samples=64)
+                for before, how in (((), "nearest"), ((), "gptq"), ((awq,), "nearest"), ((awq,), "gptq")):
+                    step = pj.Quantize(weights="int4", rounding=how, samples=128, **fields)
+                    words = _words("int4" + ", awq" * bool(before), {**fields, "rounding": how})
+                    yield _more(case.row(words, *before, step, files=folder), start)
+
+
+def _peers(folder: Path) -> list[dict[str, Any]]:
+    """What narrow_peers.py made of the folder."""
+    script = str(ROOT / "benchmarks" / "narrow_peers.py")
+    done = subprocess.run([str(environment()), script, str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the peers failed:\n{done.stderr[-3000:]}")
+    found = json.loads((folder / "peers.json").read_text())
+    versions = {"nncf": found["nncf"], "ort": found["onnxruntime"]}
+    return [{**row, "version": versions[row["what"].split()[0]]} for row in found["rows"]]
+
+
+def _more(row: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
+    """A row of nats a token, and how much more perplexity that is."""
+    more = {k: round(math.exp(row[k]) - math.exp(start[k]), 3) for k in start if k in row}
+    return {**row, "perplexity more": more}
 
 
 def _words(kind: str, fields: dict[str, Any]) -> str:

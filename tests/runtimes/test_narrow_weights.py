@@ -57,7 +57,7 @@ class Pixels(nn.Module):
 
 def captured(kind: type[nn.Module]) -> tuple[Network, Tensor]:
     torch.manual_seed(0)
-    inputs = TOKENS if kind is Words else X
+    inputs = X if kind is Pixels else TOKENS
     return pj.capture(kind().eval(), (inputs[:2],)), inputs
 
 
@@ -84,8 +84,38 @@ def test_four_bits_in_the_file(tmp_path: Path, kind: type[nn.Module], granularit
         artifact = get_runtime(runtime).export(network, tmp_path / "net.onnx")
         assert artifact.parity.measure == "max_rel" and artifact.widened == ()
         types = held(artifact.path)
-        assert types[INT4] >= network.parameter_count() - 200, "all but biases"
+        assert types[INT4] >= network.parameter_count() - 352, "all but biases"
         assert types[onnx.TensorProto.INT8] == 0
+
+
+class Tied(nn.Module):
+    """A table that is looked up and multiplied with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.middle = nn.Embedding(60, 64), nn.Linear(64, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.middle(self.table(tokens)).relu() @ self.table.weight.t()
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize(
+    ("weights", "granularity"), [("int8", "channel"), ("int4", "channel"), ("int4", "group:16"), ("int8", "tensor")]
+)
+def test_tied_weights_are_stored_once(tmp_path: Path, weights: str, granularity: str, activations: str | None) -> None:
+    network = quantized(Tied, weights=weights, granularity=granularity, activations=activations)
+    for runtime in RUNTIMES:
+        engine = get_runtime(runtime)
+        artifact = engine.export(network, tmp_path / f"{runtime}.onnx", samples=TOKENS)
+        counts = held(artifact.path)
+        unlike = ("int4", "channel", "openvino"), ("int4", "group:16", "onnxruntime")  # beside integer layers
+        twice = activations is not None and (weights, granularity, runtime) in unlike
+        stored = sum(counts[t] for t in (INT4, onnx.TensorProto.INT8, onnx.TensorProto.UINT8))
+        assert stored == (1 + twice) * 60 * 64 + 64 * 64
+        if activations and granularity != "group:16":
+            ran = [e for e in engine.load(artifact.path).executed() if e.precision == "int8"]
+            assert sum("MatMul" in e.op or "Gemm" in e.op or "Connected" in e.op for e in ran) == 2
 
 
 @pytest.mark.parametrize(

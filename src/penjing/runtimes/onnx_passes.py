@@ -24,6 +24,7 @@ from penjing.runtimes.onnx_weights import Stored, gather, narrow
 Array = np.ndarray[Any, Any]
 
 _PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_WORTH = 1024  # bytes from which a matrix is not stored a second time, transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ def run(
         dynamic_products(graph)
     if dialect.integer_bias:
         keep_float(graph)
+    _share_transposed(graph, codes=dialect.products_of_bits)
     _sweep(model)
     NameFixPass()(model)  # of a layer that is used twice all that was made has the same names twice
     return (*wide, *widened)
@@ -165,6 +167,53 @@ def _transpose_integers(graph: Any) -> None:
         if is_output(graph, node.outputs[0]):
             continue
         graph.remove(node, safe=True)
+
+
+def _share_transposed(graph: Any, *, codes: bool) -> None:
+    """Stores a matrix once that an embedding reads as it is and a product transposed (tied weights).
+
+    `codes`: the transposition stands in front of DequantizeLinear, as ONNX Runtime's integer products want it (it folds
+    it at loading). OpenVINO would multiply in float then: it wants it behind, where both read one DequantizeLinear.
+    Codes stay twice where the two read them differently: packed (MatMulNBits), cut into groups (ONNX Runtime, beside
+    integer layers), or widened from 4 bits for an integer kernel (OpenVINO).
+    """
+    import onnx_ir as ir
+
+    for name, turned in list(graph.initializers.items()):
+        plain = graph.initializers.get(name.replace(".T", "", 1)) if ".T" in name else None
+        numbers = None if plain is None else constant(plain)
+        if plain is None or numbers is None or numbers.ndim != 2 or plain.dtype != turned.dtype:
+            continue
+        if numbers.nbytes < _WORTH or not np.array_equal(numbers.T, turned.const_value.numpy()):
+            continue
+        source, end = (plain, turned) if codes else (_dequantized(plain), _dequantized(turned))
+        if source is None or end is None or not (codes or _same_grid(source.producer(), end.producer())):
+            continue
+        made = ir.Node("", "Transpose", [source], [ir.AttrInt64s("perm", [1, 0])], name=f"{name}_transposed")
+        made.outputs[0].name, made.outputs[0].shape, made.outputs[0].type = f"{name}_shared", end.shape, end.type
+        graph.append(made)
+        replace_all(end, made.outputs[0])
+        graph.sort()
+
+
+def _dequantized(codes: Any) -> Any:
+    """What the one DequantizeLinear behind codes gives; None if others read them."""
+    users = [user for user, _ in codes.uses()]
+    return users[0].outputs[0] if [user.op_type for user in users] == ["DequantizeLinear"] else None
+
+
+def _same_grid(node: Any, turned: Any) -> bool:
+    """Whether a DequantizeLinear of a matrix and one of the transposed matrix mean the same grid."""
+    scales = [constant(each.inputs[1]) for each in (node, turned)]
+    zeros = [constant(each.inputs[2]) if len(each.inputs) > 2 else np.zeros(()) for each in (node, turned)]
+    blocks = [attribute(each, "block_size", 0) for each in (node, turned)]
+    known = [(s, z) for s, z in zip(scales, zeros, strict=True) if s is not None and z is not None]
+    if len(known) < 2 or blocks[0] != blocks[1]:
+        return False
+    plain, moved = (np.broadcast_arrays(*pair) for pair in known)
+    if not all(np.array_equal(a.T, b) for a, b in zip(plain, moved, strict=True)):
+        return False
+    return plain[0].ndim == 0 or attribute(node, "axis", 1) % 2 != attribute(turned, "axis", 1) % 2
 
 
 def _fold_pads(graph: Any) -> None:
