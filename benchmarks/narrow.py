@@ -134,6 +134,13 @@ def dscnn() -> Case:
     return Case("dscnn", Subset(clips, range(0, len(clips), 2)), Subset(clips, range(1, len(clips), 2)))
 
 
+def squeezenet() -> Case:
+    import hub
+
+    images = hub.imagenet_sample()
+    return Case("squeezenet", Subset(images, range(0, len(images), 2)), Subset(images, range(1, len(images), 2)))
+
+
 def stories() -> Case:
     """Shown are blocks of the texts in front of those of `hub.stories`, which are tested on."""
     import hub
@@ -197,15 +204,17 @@ def mixed(data: Path) -> Iterator[dict[str, Any]]:
         resnet20: (only, plain, tensor, {"rounding": "gptq"}),
         stories: (only, {**only, **group}, {**only, **group, "rounding": "gptq"}),
         resnet56: (plain, {"rounding": "gptq"}),
+        squeezenet: (only, plain, {"rounding": "gptq"}),
     }
     for make, settings in cases.items():
         case = make()
         for fields in settings:
-            one = case.row(_words("4 bits everywhere", fields), pj.Quantize(weights="int4", **fields), off=True)
+            uniform = pj.Quantize(weights="int4", **fields)
+            one = case.row(_words("4 bits everywhere", fields), uniform, labels=True, off=True)
             count = 16 if case.task.name == "language-modelling" else 128  # of 512 tokens each
             step = pj.MixPrecision(quantize=pj.Quantize(**fields), keep_bits=4.0, criterion="measured", samples=count)
             yield one
-            yield case.row(_words("4 bits on average", fields), step, off=True)
+            yield case.row(_words("4 bits on average", fields), step, labels=True, off=True)
 
 
 def language(data: Path) -> Iterator[dict[str, Any]]:

@@ -32,6 +32,8 @@ class Task:
 
 
 TASKS: Registry[Task] = Registry("task")
+#: Tasks whose main output scores classes, with the dimension of these.
+_CLASSES = {"classification": 1, "segmentation": 1, "language-modelling": -1}
 
 
 def get_task(task: str | Task | None) -> Task | None:
@@ -39,6 +41,12 @@ def get_task(task: str | Task | None) -> Task | None:
     if task is None or isinstance(task, Task):
         return task
     return TASKS.get(task)
+
+
+def class_dimension(task: Task | None, name: str | None = None) -> int | None:
+    """The dimension along which a task's main output scores classes (of the task called `name` if none is given); None
+    where it does not."""
+    return _CLASSES.get((task.name if task else name) or "")
 
 
 def primary(outputs: Any) -> Tensor:

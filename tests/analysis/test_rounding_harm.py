@@ -53,6 +53,23 @@ def test_measured_harms_are_those_of_the_whole_network(network: pj.Network) -> N
             assert output_harm(network, other, batches) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_harm_to_classes_is_their_divergence(network: pj.Network) -> None:
+    """To second order, measured and (over many probes) expected; exactly between two networks."""
+    rounded = ways(network, (1e-3, 4e-3))
+    batches = [network.bind(part) for part in X.split(16)]
+    found = harms_of(measured_changes(network, rounded, batches, classes=1))
+    guessed = expected_harms(network, rounded, batches, probes=2000, classes=1)
+    plain = network(X).log_softmax(1).double()
+    for name, values in rounded.items():
+        for way, value in enumerate(values):
+            other = network.apply([SetWeights(parameter=n, value=v) for n, v in value.items()])
+            given = other(X).log_softmax(1).double()
+            wanted = float(torch.nn.functional.kl_div(given, plain, reduction="batchmean", log_target=True))
+            assert found[name][way] == pytest.approx(wanted, rel=0.03)
+            assert guessed[name][way] == pytest.approx(wanted, rel=0.15)
+            assert output_harm(network, other, batches, classes=1) == pytest.approx(wanted, rel=1e-3)
+
+
 def test_harms_of_all_together(network: pj.Network) -> None:
     """Rows and columns of a choice sum up to what the whole network does with all of it, for small changes."""
     rounded = ways(network, (1e-3, 2e-3))

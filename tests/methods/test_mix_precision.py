@@ -129,7 +129,7 @@ def test_what_is_worse_than_uniform_is_not_taken(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(mix_precision, "expected_harms", upside_down)
     plan, found = planned(mixed(keep_bits=4.0))
     assert set(types(plan).values()) == {(-8, 7)}
-    told = next(note for note in plan.notes if note.startswith("relative output error"))
+    told = next(note for note in plan.notes if note.startswith("harm to the outputs"))
     assert told.index("int4 everywhere") < told.index("mixed")
     uniform = planned(Quantize(weights="int4", activations=None, granularity="tensor"))[1]
     assert off(found) == off(uniform)

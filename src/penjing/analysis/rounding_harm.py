@@ -1,13 +1,15 @@
 """What it costs a network's outputs to have one weight rounded, for every weight and every way of rounding it.
 
 Harm is the mean squared change of the outputs (all floating ones), one weight rounded alone, relative to the outputs'
-own mean square. Harms of several weights add up as far as their errors are small and independent; `together` says how
-far they are not.
+own mean square. With `classes`, the dimension along which the one output scores classes, it is what is felt of that:
+the Kullback-Leibler divergence of the probabilities to second order, in nats. Harms of several weights add up as far
+as their errors are small and independent; `together` says how far they are not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +27,9 @@ _KEPT = 4096
 
 
 @torch.no_grad()
-def measured_changes(network: Network, ways: Ways, batches: Batches, progress: Progress = SILENT) -> dict[str, Tensor]:
+def measured_changes(
+    network: Network, ways: Ways, batches: Batches, progress: Progress = SILENT, *, classes: int | None = None
+) -> dict[str, Tensor]:
     """By weight what each way does to the outputs, (ways, n) in float64, from one run of what lies behind it for each.
 
     The sum of squares of a row is that way's harm, products of rows say whether two changes go together. Of many
@@ -38,11 +42,11 @@ def measured_changes(network: Network, ways: Ways, batches: Batches, progress: P
     with progress.task("rounding layer after layer", len(ways)) as advance:
         for name in sorted(ways, key=lambda n: tails.position([n])):
             tail = tails.behind({name}.union(*ways[name]))
-            plain = [_flat(tail.run(i, {})) for i in range(len(batches))]
-            size = sum(_square([p]) for p in plain)
+            plain = [_floating(tail.run(i, {})) for i in range(len(batches))]
+            size = sum(_size(p, classes) for p in plain)
             rows = []
             for changed in ways[name]:
-                off = [_flat(tail.run(i, changed)) - p for i, p in enumerate(plain)]
+                off = [_felt(_floating(tail.run(i, changed)), p, classes) for i, p in enumerate(plain)]
                 rows.append(torch.cat([_sketch(o, i, signs) for i, o in enumerate(off)]))
             found[name] = torch.stack(rows) / max(size, 1e-300) ** 0.5
             advance(1)
@@ -70,6 +74,7 @@ def expected_harms(
     probes: int = 64,
     seed: int = 0,
     progress: Progress = SILENT,
+    classes: int | None = None,
 ) -> dict[str, list[float]]:
     """Harms to first order in the rounding, from `probes` backward passes for all weights and ways together.
 
@@ -92,8 +97,10 @@ def expected_harms(
         for batch in batches:
             for _ in range(rounds):
                 outputs = _floating(functional_call(network.graph_module, leaves, tuple(batch.values())))
-                size += _square(outputs)
+                size += _size(outputs, classes)
                 signs = [_signs(o.shape, generator).to(o.dtype) for o in outputs]
+                if _scored(outputs, classes):
+                    signs = [_unfelt(signs[0], outputs[0].detach(), cast(int, classes))]
                 total = torch.stack([(o * s).sum() for o, s in zip(outputs, signs, strict=True)]).sum()
                 gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
                 by_name = {n: g for n, g in zip(leaves, gradients, strict=True) if g is not None}
@@ -106,21 +113,52 @@ def expected_harms(
 
 
 @torch.no_grad()
-def output_harm(network: Network, other: Network, batches: Batches) -> float:
-    """The mean squared difference of the outputs of `other` from those of `network`, relative to these."""
+def output_harm(network: Network, other: Network, batches: Batches, *, classes: int | None = None) -> float:
+    """The mean squared difference of the outputs of `other` from those of `network`, relative to these; with `classes`
+    the divergence of its probabilities from theirs, in nats."""
     off = size = 0.0
     for batch in batches:
-        plain, changed = (_flat(n.graph_module(*batch.values())) for n in (network, other))
-        off, size = off + _square([changed - plain]), size + _square([plain])
+        plain, changed = (_floating(n.graph_module(*batch.values())) for n in (network, other))
+        if _scored(plain, classes):
+            p, q = (v[0].double().log_softmax(cast(int, classes)) for v in (plain, changed))
+            off, size = off + float((p.exp() * (p - q)).sum()), size + _size(plain, classes) / 2
+        else:
+            off, size = off + _square([_felt(changed, plain, None)]), size + _size(plain, None)
     return off / max(size, 1e-300)
+
+
+def _scored(outputs: Sequence[Tensor], classes: int | None) -> bool:
+    """Whether there is only one output, and it scores classes: of several none may be left out."""
+    return classes is not None and len(outputs) == 1
+
+
+def _size(outputs: Sequence[Tensor], classes: int | None) -> float:
+    """What a squared change is divided by: twice the number of choices between classes, else the outputs' square."""
+    if _scored(outputs, classes):
+        return 2.0 * outputs[0].numel() / outputs[0].shape[cast(int, classes)]
+    return _square(outputs)
+
+
+def _felt(changed: Sequence[Tensor], plain: Sequence[Tensor], classes: int | None) -> Tensor:
+    """The change, flat, such that its square is the harm: of class scores d, √p (d - Σ p d) with their probabilities p,
+    the square root of Fisher's information (Martens 2020, "New insights and perspectives on the natural gradient
+    method", §5)."""
+    if not _scored(plain, classes):
+        return torch.cat([(c - p).detach().flatten() for c, p in zip(changed, plain, strict=True)])
+    dim, off = cast(int, classes), changed[0] - plain[0]
+    p = plain[0].softmax(dim)
+    return (p.sqrt() * (off - (p * off).sum(dim, keepdim=True))).flatten()
+
+
+def _unfelt(signs: Tensor, scores: Tensor, dim: int) -> Tensor:
+    """What weighs a change as `_felt` weighed by `signs` does: the transposed of that."""
+    p = scores.softmax(dim)
+    signs = signs * p.sqrt()
+    return signs - p * signs.sum(dim, keepdim=True)
 
 
 def _floating(values: Sequence[Tensor]) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-
-
-def _flat(values: Sequence[Tensor]) -> Tensor:
-    return torch.cat([v.detach().flatten() for v in _floating(values)])
 
 
 def _square(values: Sequence[Tensor]) -> float:

@@ -17,12 +17,10 @@ from penjing.errors import DataError, RecipeError
 from penjing.network import Network, SetWeights
 from penjing.progress import Progress
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
-from penjing.task import primary
+from penjing.task import class_dimension, primary
 from penjing.tensors.distillation import matching, soft_labels
 from penjing.training import AUGMENTATIONS, OPTIMIZERS, PRECISIONS, Batch, Trained, Training, augment, call, train
 
-#: Tasks whose outputs are logits, with the dimension of their classes.
-_CLASSES = {"classification": 1, "segmentation": 1, "language-modelling": -1}
 #: The teacher's answers are kept, instead of asked for every epoch, while samples and answers stay below this.
 _CACHE_BYTES = 2 << 30
 #: At most so many residual sums are compared: each takes as long as a layer, and neighbours say nearly the same.
@@ -201,7 +199,7 @@ class Finetune(Step):
         sums: Mapping[str, tuple[int, Tensor] | None],
     ) -> Callable[[nn.Module, Batch], Tensor]:
         task = context.task
-        dim = _CLASSES.get((task.name if task else network.task) or "")
+        dim = class_dimension(task, network.task)
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             inputs, labels, answer = batch

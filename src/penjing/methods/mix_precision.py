@@ -20,6 +20,7 @@ from penjing.recipe.samples import bound_samples
 from penjing.recipe.widths import FLOAT, FLOAT_BITS, Cost, Width, Widths, corrects_biases, nearest
 from penjing.runtimes import Target
 from penjing.runtimes.layer_latency import WayLatency, latency_by_way
+from penjing.task import class_dimension
 from penjing.tensors.bit_allocation import Costs, exchanged, least_harm
 
 _CRITERIA = ("expected", "measured", "range")
@@ -40,7 +41,8 @@ class MixPrecision(Step):
     float32 that all weights keep, scales included (above 1 their number); `keep_bops` the share of the bit operations
     (multiply-accumulates times bits of weight and activation) of float32; `keep_latency` the share of the time for one
     sample on `target`, measured layer by layer in every type and on the whole (`penjing.runtimes.layer_latency`). All
-    that are given hold. The type "float" leaves a layer alone, its inputs too. Harm: `criterion`.
+    that are given hold. The type "float" leaves a layer alone, its inputs too. Harm, by `criterion`, is to class
+    probabilities where the task has such, else to outputs as they are:
 
     - "expected": the change of the outputs to first order, from `probes` backward passes for all layers together, no
       labels (the Gauss-Newton matrix along the rounding itself; HAWQ-V2, Dong et al. 2020, takes its mean over all
@@ -156,7 +158,7 @@ class _Mixer:
 
     def __init__(self, settings: MixPrecision, network: Network, context: Context, widths: Widths) -> None:
         self.settings, self.network, self.context, self.widths = settings, network, context, widths
-        folded = widths.folded
+        folded, self.classes = widths.folded, class_dimension(context.task, network.task)
         self.batches = bound_samples(folded, context, footprint(folded), settings.samples, [], _BATCH)
         self.options = [widths.options[n] for n in widths.layers]
         self.latency = self._latency() if settings.keep_latency is not None else None
@@ -193,7 +195,7 @@ class _Mixer:
         for name, options in widths.options.items():  # what stays float keeps its bias
             ways[name] = [{} if w.dtype == FLOAT else made for w, made in zip(options, ways[name], strict=True)]
         if settings.criterion == "measured":
-            changes = measured_changes(widths.folded, ways, self.batches, context.progress)
+            changes = measured_changes(widths.folded, ways, self.batches, context.progress, classes=self.classes)
             gram = together(changes, widths.layers).numpy()
             found = harms_of(changes)
             sizes = [len(o) for o in self.options]
@@ -205,6 +207,7 @@ class _Mixer:
             probes=settings.probes,
             seed=context.seed,
             progress=context.progress,
+            classes=self.classes,
         )
         return [found[n] for n in widths.layers], None
 
@@ -280,9 +283,9 @@ class _Mixer:
             size = footprint(self.widths.folded)
             batches = bound_samples(self.network, drawn, size, self.settings.samples, [], _BATCH)
             for types, plan in plans.items():
-                errors[types] = output_harm(self.network, self._applied(plan), batches)
+                errors[types] = output_harm(self.network, self._applied(plan), batches, classes=self.classes)
             told = sorted(errors.items(), key=lambda item: item[1])
-            notes.append("relative output error: " + ", ".join(f"{different[c]} {e:.3g}" for c, e in told))
+            notes.append("harm to the outputs: " + ", ".join(f"{different[c]} {e:.3g}" for c, e in told))
         best = min(errors, key=errors.__getitem__)
         return list(best), plans[best]
 
