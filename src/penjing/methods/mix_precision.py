@@ -29,6 +29,9 @@ _BATCH = 32
 #: Whole networks that are timed for a budget of latency; the share of the limit that is aimed at when correcting, and
 #: the least share with which one is content.
 _ATTEMPTS, _AIM, _NEARLY = 5, 0.98, 0.95
+#: A mixture that does not leave at least so little of one type's harm is no better on other samples.
+_WORTH = 0.95
+_SINGLE = "everywhere"
 
 
 @step
@@ -55,7 +58,7 @@ class MixPrecision(Step):
     Layers are rounded for that as `quantize` would round them alone ("gptq" stands for all roundings by outputs), with
     biases and scales corrected where it corrects them. `samples` are looked at for the harms, and for a last
     comparison: what was chosen and the widest single type that the budget allows are both quantized as `quantize` says,
-    and the one whose outputs are nearer to the float network's is taken.
+    and the mixture is taken if its outputs are nearer to the float network's by a twentieth.
     """
 
     quantize: Step
@@ -175,7 +178,7 @@ class _Mixer:
         elif (timed := self._within(harms, costs, self.latency, notes)) is not None:
             candidates["mixed"] = timed
         if (single := self._single(costs)) is not None:
-            candidates[f"{single} everywhere"] = self.widths.everywhere(single)
+            candidates[f"{single} {_SINGLE}"] = self.widths.everywhere(single)
         if not candidates:
             self._solve(harms, {b: c for b, c in costs.items() if b != "keep_latency"})  # raises if others are at fault
             raise self._out_of_reach("keep_latency", self._fastest())
@@ -286,7 +289,7 @@ class _Mixer:
                 errors[types] = output_harm(self.network, self._applied(plan), batches, classes=self.classes)
             told = sorted(errors.items(), key=lambda item: item[1])
             notes.append("harm to the outputs: " + ", ".join(f"{different[c]} {e:.3g}" for c, e in told))
-        best = min(errors, key=errors.__getitem__)
+        best = min(errors, key=lambda types: errors[types] * (_WORTH if different[types].endswith(_SINGLE) else 1.0))
         return list(best), plans[best]
 
     def _planned(self, quantize: Step, chosen: Sequence[int]) -> Plan | None:
