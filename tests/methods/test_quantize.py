@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from penjing.errors import DataError, InputError, PenjingError, RecipeError
 from penjing.methods.quantize import Quantize
 from penjing.network import MaskWeights, Network, capture
 from penjing.recipe import Context, Plan, Recipe
+from penjing.runtimes import get_runtime
 from penjing.tensors import grids
 from penjing.tensors.saturation import may_saturate
 
@@ -294,6 +296,40 @@ def test_constant_and_dead_layers() -> None:
     _, quantized = planned(network, images())
     assert decibels(network, quantized, (torch.rand(4, 3, 8, 8),)) > 25
     assert not quantized.tensors()["point.weight"].any()
+
+
+def test_a_bias_behind_what_is_always_zero_survives_the_runtime(tmp_path: Path) -> None:
+    """Runtimes hold biases in steps of the input's scale times the weight's."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        module[0].weight.zero_()
+        module[0].bias.fill_(-1.0)
+        module[2].bias.mul_(0.05)
+    network = capture(module, inputs=(torch.rand(2, 8),))
+    _, quantized = planned(network, Data(torch.rand(64, 8)))
+    runtime = get_runtime("onnxruntime")
+    runtime.export(quantized, tmp_path / "dead.onnx")
+    x = torch.rand(5, 8)
+    found = torch.as_tensor(runtime.load(tmp_path / "dead.onnx")(x.numpy())[0])
+    torch.testing.assert_close(found, network.run(x)[0], rtol=1e-3, atol=1e-5)
+
+
+def test_weights_that_nothing_can_read_as_integers_are_named() -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.pair, self.norm = nn.GRUCell(8, 8), nn.Bilinear(8, 8, 8), nn.LayerNorm((1, 8))
+            self.last = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.pair(self.cell(x), x)[:, None])
+            return self.last(y[:, 0])
+
+    plan, _ = planned(capture(Cell().eval(), inputs=(torch.rand(2, 8),)), Data(torch.rand(64, 8)))
+    floats = {r.layer for r in plan.reasons if r.choice == "float32"}
+    assert {"cell.weight_ih", "cell.weight_hh", "pair.weight"} <= floats
+    assert not {n for n in floats if n.startswith(("norm", "last"))}
 
 
 def test_recipes_read_it() -> None:

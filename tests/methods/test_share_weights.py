@@ -149,6 +149,24 @@ def test_a_recipe_with_labels_trains_the_shared_values(network: Network) -> None
     assert float(loss(result.run((X,))[0], labels)) < float(loss(plain.run((X,))[0], labels))
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_shared_weights_are_quantized(network: Network, granularity: str) -> None:
+    """Zeros stay zero; what shares values goes on to do so where a tensor has one scale."""
+    pruned = pj.compress(network, Recipe(pj.PruneWeights(sparsity=0.5))).network
+    small = shared(pruned, codes=8)
+    recipe = Recipe(pj.Quantize(granularity=granularity, correct_scale=False))
+    result = pj.compress(small, recipe, data=X)
+    assert not result.network.shared_levels()
+    assert set(result.network.code_kinds().values()) == {"int8"}
+    assert any("share no values any more" in note for note in result.plans[-1].notes)
+    assert distance(result.network, small) < 0.03
+    for name in small.shared_levels():
+        before, codes = reals(small, name), result.network.tensors()[name]
+        assert not codes[before == 0].any()
+        if granularity == "tensor":
+            assert len(codes.unique()) <= len(before.unique())
+
+
 def test_integer_grids_are_still_not_trained(network: Network) -> None:
     mixed = network.apply(pj.Quantize(activations=None, where="7").plan(network, context(network)).edits)
     with pytest.raises(RecipeError, match="already quantized"):

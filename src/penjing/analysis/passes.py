@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from penjing.analysis.operators import CONVOLUTIONS, argument, convolution_form, operator_name
 from penjing.network import graph as flat
+from penjing.network.codebooks import codebook_behind, looked_up
 from penjing.network.edits import Call, Edit, MaskWeights, ReplaceLayer, SetWeights
 from penjing.network.network import Network
 
@@ -95,6 +96,17 @@ def outputs_first(network: Network) -> tuple[Edit, ...]:
 
 def _stored_name(node: Any) -> str:
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else ""
+
+
+def own_weights(network: Network, selected: Callable[[str], bool]) -> tuple[Edit, ...]:
+    """Edits that give the `selected` weights that share levels, or are coded by them, numbers of their own again."""
+    tensors, done = network.tensors(), []
+    for node in network.graph_module.graph.nodes:
+        book = codebook_behind(node)
+        if book is not None and selected(book.codes) and any(codebook_behind(u) is None for u in node.users):
+            value = torch.nn.Parameter(looked_up(book, tensors).detach())
+            done.append(ReplaceLayer(node=node.name, source=f"@{book.codes}", tensors={book.codes: value}))
+    return tuple(done)
 
 
 def simplified(network: Network, *passes: Callable[[Network], tuple[Edit, ...]]) -> tuple[Network, tuple[Edit, ...]]:

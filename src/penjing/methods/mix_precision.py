@@ -79,6 +79,11 @@ class MixPrecision(Step):
             raise RecipeError(
                 f"MixPrecision.quantize must be a Step that quantizes weights, got {got}", hint="quantize: Quantize"
             )
+        if not isinstance(self.quantize.weights, str) or self.quantize.learns:
+            raise RecipeError(
+                "MixPrecision.quantize must be a Quantize without types by pattern, since types are what is found",
+                hint="quantize: {Quantize: {}}",
+            )
         if self.where != "*":
             raise RecipeError(f"MixPrecision.where selects nothing, got {self.where!r}", hint="give it to quantize")
         if not isinstance(self.weights, list) or len(set(self.weights)) < 2:

@@ -15,7 +15,7 @@ from penjing.analysis.fake_quantize import weight_readers
 from penjing.analysis.footprint import footprint
 from penjing.analysis.grid_edits import activation_edit, weight_edit
 from penjing.analysis.level_grids import LEVELS, check_levels, level_grid
-from penjing.analysis.passes import fold_batch_norms, fold_pads, outputs_first, simplified
+from penjing.analysis.passes import fold_batch_norms, fold_pads, outputs_first, own_weights, simplified
 from penjing.analysis.placement import Layer, Placement, place
 from penjing.analysis.twin import Twin
 from penjing.analysis.weight_grids import SCALES, WEIGHT_TYPES, Scales, granularity, on_grid, weight_grid
@@ -32,7 +32,7 @@ from penjing.errors import DataError, InputError, RecipeError
 from penjing.network.edits import Edit, SetWeights
 from penjing.network.network import Network
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
-from penjing.recipe.quantized_layers import layer_reasons
+from penjing.recipe.quantized_layers import layer_reasons, unread
 from penjing.recipe.samples import bound_samples, unlabelled
 from penjing.registry import did_you_mean
 from penjing.tensors import grids
@@ -180,7 +180,7 @@ class _Planner:
         settings = self.settings
         # What is rounded by outputs, or cut into groups, has its output channels first.
         turned = [outputs_first] if self.group or settings.rounding != "nearest" else []
-        folded, folding = simplified(self.network, fold_pads, *turned)
+        folded, folding = simplified(self.network, self._owned, fold_pads, *turned)
         folded, norms = simplified(folded, fold_batch_norms)
         placement = place(
             folded.graph_module,
@@ -216,10 +216,17 @@ class _Planner:
         edits += [activation_edit(q, made.activations[q.grid]) for q in placement.quantizers]
         edits += dynamic_edits(folded.graph_module.graph, () if settings.is_static else self.integer)
         reasons = layer_reasons(settings, placement, made.weights, tensors, self.integer, twin)
-        left = placement.left | self.left
+        left = placement.left | self.left | unread(folded, placement, lambda n: matches(settings.where, n))
         reasons += [Reason(layer=name, choice="float32", why=why) for name, why in left.items()]
-        notes = self._notes(norms, placement, made)
+        shared = len(self.network.shared_levels()) - len(folded.shared_levels())
+        notes = (
+            *self._notes(norms, placement, made),
+            *([f"{shared} weights share no values any more"] if shared else []),
+        )
         return Plan(step=settings, edits=tuple(edits), reasons=tuple(reasons), notes=notes)
+
+    def _owned(self, network: Network) -> tuple[Edit, ...]:
+        return own_weights(network, lambda n: matches(self.settings.where, n) and self._type(n, ()) is not None)
 
     def _nothing(self) -> RecipeError:
         settings = self.settings

@@ -165,6 +165,13 @@ def codebooks_held(graph: fx.Graph) -> dict[str, Codebook]:
     return found
 
 
+def looked_up(book: Codebook, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The weight that codes, levels and scale stand for, in the codes' shape."""
+    codes, levels = tensors[book.codes], tensors[book.levels]
+    found = levels.gather(1, codes.reshape(len(levels), -1).long()).reshape(codes.shape)
+    return found if book.scale is None else found * tensors[book.scale]
+
+
 def codes_behind(node: object) -> fx.Node | None:
     """The `get_attr` node of the codes of the looked-up weight that `node` is; None for anything else."""
     book = codebook_behind(node)

@@ -98,9 +98,9 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReplaceLayer:
-    """Replaces the graph node `node` by a chain of calls that begins with its input `source` (None: its first), or by
-    that input where there are no calls. `tensors` are new parameters or buffers; one that takes the place of another
-    of another shape loses its mask.
+    """Replaces the graph node `node` by a chain of calls that begins with its input `source` (None: its first; "@name":
+    a tensor), or by that input where there are no calls. `tensors` are new parameters or buffers; one that takes the
+    place of another of another shape loses its mask.
     """
 
     node: str
@@ -281,14 +281,17 @@ def _replace_layers(draft: Draft, edits: Sequence[ReplaceLayer]) -> None:
         if clash:
             raise EditError(f"'{clash[0]}' is used by other layers than '{edit.node}' and cannot change its shape")
         sources = {n.name: n for n in old.all_input_nodes}
-        if edit.source is not None and edit.source not in sources:
+        stored = edit.source is not None and edit.source.startswith("@")
+        if edit.source is not None and not stored and edit.source not in sources:
             raise EditError(f"'{edit.source}' is not an input of '{edit.node}'")
         for name in edit.tensors.keys() & draft.masks.keys():
             if draft.masks[name].shape != edit.tensors[name].shape:
                 del draft.masks[name]  # it says nothing of a tensor of another shape
         held.update(edit.tensors)
-        current = old.all_input_nodes[0] if edit.source is None else sources[edit.source]
         with graph.inserting_before(old):
+            if stored:
+                sources[str(edit.source)] = graph.create_node("get_attr", str(edit.source)[1:])
+            current = old.all_input_nodes[0] if edit.source is None else sources[edit.source]
             for call in edit.calls:
                 current = _insert_call(graph, call, current, nodes, held)
         current.meta.setdefault("penjing", {}).update(old.meta.get("penjing", {}))

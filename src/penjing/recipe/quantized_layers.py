@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from penjing.analysis.dynamic_grids import why_float
+from penjing.analysis.operators import operator_name
 from penjing.analysis.placement import Layer, Placement
 from penjing.analysis.twin import Twin
 from penjing.analysis.weight_grids import granularity, made_ternary, shifts
 from penjing.analysis.weight_rounding import RoundedWeight
+from penjing.network.network import Network
 from penjing.recipe.plans import Reason
 from penjing.tensors.grids import sqnr
 
@@ -67,3 +69,17 @@ def _of_weight(settings: Any, layer: Layer, weight: RoundedWeight) -> list[str]:
 
 
 __all__ = ["layer_reasons"]
+
+
+def unread(network: Network, placement: Placement, selected: Callable[[str], bool]) -> dict[str, str]:
+    """Selected weights (two dimensions and more, no norm's) that nothing reads which could read integers, and why they
+    stay."""
+    named = {layer.parameter for layer in placement.layers} | {n.split("(")[-1].rstrip(")") for n in placement.left}
+    tensors = network.tensors()
+    reads = {str(n.target): n for n in network.graph_module.graph.nodes if n.op == "get_attr"}
+    return {
+        name: "no operator that quantizes reads it"
+        for name in network.parameter_names
+        if tensors[name].ndim > 1 and tensors[name].is_floating_point() and name not in named and selected(name)
+        if not all("_norm" in operator_name(user) for user in reads[name].users)
+    }

@@ -17,7 +17,9 @@ from torch import Tensor
 Ranges = Literal["minmax", "mse", "percentile", "entropy"]
 RANGES: tuple[Ranges, ...] = ("minmax", "mse", "percentile", "entropy")
 
-# Below this a scale would overflow when inverted in float32; a tensor of zeros gets the grid of scale 1.
+#: The scale of what is all zero: fine enough for biases, which runtimes round to a weight's scale times an input's.
+_EMPTY = 2.0**-12
+# Below this a scale would overflow when inverted in float32.
 _TINY = float(torch.finfo(torch.float32).tiny) * 2**10
 
 # Half of this fraction is cut off at each end by ranges="percentile".
@@ -72,7 +74,7 @@ def affine_grid(
     """The grid that covers `low..high` (elementwise, same shape) and holds zero exactly.
 
     Symmetric grids have their zero point at the middle of the integers (0 for signed types) and cover the larger of the
-    two magnitudes. An empty range (all zero) gives scale 1.
+    two magnitudes. An empty range (all zero) gives the scale `_EMPTY`.
     """
     low, high = low.to(torch.float64).clamp(max=0.0), high.to(torch.float64).clamp(min=0.0)
     if symmetric:
@@ -84,7 +86,7 @@ def affine_grid(
         scale = (high - low) / (quant_max - quant_min)
         zero_point = torch.zeros_like(scale)
     empty = scale < _TINY
-    scale = torch.where(empty, torch.ones_like(scale), scale).to(torch.float32)
+    scale = torch.where(empty, _EMPTY, scale).to(torch.float32)
     if not symmetric:
         zero_point = (quant_min - torch.round(low / scale.double())).clamp(quant_min, quant_max)
     return Grid(scale, zero_point.to(torch.int64), quant_min, quant_max, axis, group)
