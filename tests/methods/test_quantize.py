@@ -311,7 +311,7 @@ def test_a_bias_behind_what_is_always_zero_survives_the_runtime(tmp_path: Path) 
     runtime = get_runtime("onnxruntime")
     runtime.export(quantized, tmp_path / "dead.onnx")
     x = torch.rand(5, 8)
-    found = torch.as_tensor(runtime.load(tmp_path / "dead.onnx")(x.numpy())[0])
+    found = torch.as_tensor(runtime.load(tmp_path / "dead.onnx").run({network.inputs[0].name: x.numpy()})[0])
     torch.testing.assert_close(found, network.run(x)[0], rtol=1e-3, atol=1e-5)
 
 

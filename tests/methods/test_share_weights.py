@@ -154,7 +154,7 @@ def test_shared_weights_are_quantized(network: Network, granularity: str) -> Non
     """Zeros stay zero; what shares values goes on to do so where a tensor has one scale."""
     pruned = pj.compress(network, Recipe(pj.PruneWeights(sparsity=0.5))).network
     small = shared(pruned, codes=8)
-    recipe = Recipe(pj.Quantize(granularity=granularity, correct_scale=False))
+    recipe = Recipe(pj.Quantize(granularity=granularity, correct_scale=False, headroom=False))
     result = pj.compress(small, recipe, data=X)
     assert not result.network.shared_levels()
     assert set(result.network.code_kinds().values()) == {"int8"}
@@ -163,7 +163,7 @@ def test_shared_weights_are_quantized(network: Network, granularity: str) -> Non
     for name in small.shared_levels():
         before, codes = reals(small, name), result.network.tensors()[name]
         assert not codes[before == 0].any()
-        if granularity == "tensor":
+        if granularity == "tensor" and name != "0.weight":  # into which a batch norm was folded
             assert len(codes.unique()) <= len(before.unique())
 
 
