@@ -55,9 +55,9 @@ class Gradually(Step):
     if it was the first, nothing changes. The plan says so. A network remembers what it was trained on: beside that the
     floor is stricter than on other samples.
 
-    `resume` names a folder in which the last round is kept. A run that was killed and is started again, with the same
-    network, settings, samples, task and seed, goes on after the last round there and ends with the same network;
-    another run is refused. With "original" as teacher, it is the original of the recipe in all rounds.
+    `resume` names a folder in which the last round is kept, and the training under way. A run that was killed and is
+    started again, with the same network, settings, samples, task and seed, goes on there and ends with the same
+    network; another run is refused. With "original" as teacher, it is the original of the recipe in all rounds.
     """
 
     keeping: ClassVar[tuple[str, ...]] = ("resume",)
@@ -123,12 +123,12 @@ class _Run:
     def __init__(self, settings: Gradually, start: Network, context: Context) -> None:
         self.settings, self.start, self.progress = settings, start, context.progress
         self.kept = Rounds(settings.resume, settings, start, context) if settings.resume is not None else None
-        self.context = context
+        self.context = replace(context, trainings=self.kept.trainings(context.trainings)) if self.kept else context
         self.judge: Judge | None = None
         if settings.floor is not None:
             share = HELD_OUT if settings.held_out is None else settings.held_out
             ((seen, held),) = cast(Data, context.data).split([share], seed=context.seed)
-            self.context = replace(context, data=seen)
+            self.context = replace(self.context, data=seen)
             constraint, task = read_floor(settings, settings.floor), cast(Task, context.task)
             self.judge = Judge(constraint, task, [held], start, context.progress)
 
