@@ -20,7 +20,7 @@ from penjing.recipe import Context, Plan, Recipe, Step
 from penjing.recipe.judging import scores_of
 from penjing.recipe.resuming import Steps
 from penjing.task import Task, get_task
-from penjing.training import require_trackers
+from penjing.training import randomness, require_trackers
 
 #: Samples that the metric before and after each step is taken on; the final figures of a report come from all of them.
 STEP_SAMPLES = 1000
@@ -94,12 +94,11 @@ def compress(
     rows: list[dict[str, Any]] = []
     before = _look(current, held_out, known, progress)
     for number, step in enumerate(recipe, 1):
-        torch.manual_seed(seed)
         started = time.perf_counter()
         done = kept.done(number) if kept else None
         own = replace(context, trainings=kept.trainings(number)) if kept else context
         # A caller's no_grad is not meant for what trains in here.
-        with _naming(number, step), torch.inference_mode(False), torch.enable_grad():
+        with _naming(number, step), torch.inference_mode(False), torch.enable_grad(), randomness.seeded(seed):
             plan = done[0] if done else step.plan(current, own)
             current = current.apply(plan.edits)
         seconds = done[1] if done else time.perf_counter() - started

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast
 
-import torch
-
 from penjing.analysis.footprint import footprint
 from penjing.analysis.remaining import remaining
 from penjing.data import Data
@@ -19,6 +17,7 @@ from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.recipe.judging import HELD_OUT, Judge, Verdict, read_floor, require_judge
 from penjing.recipe.resuming import Rounds
 from penjing.task import Task
+from penjing.training import randomness
 
 #: The part of the whole that is gone after the part `t` (0 to 1) of the rounds; `whole` is the share that goes in all.
 _SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -113,7 +112,7 @@ class Gradually(Step):
     def plan(self, network: Network, context: Context) -> Plan:
         """Goes through all rounds on copies; one set of Edits leads from `network` to what they reached."""
         self.check(context)
-        with torch.random.fork_rng():
+        with randomness.seeded(context.seed):
             return _Run(self, network, context).plan()
 
 
@@ -181,7 +180,7 @@ class _Run:
         # Every round draws other samples in another order; the first draws what the Step alone would.
         context = replace(self.context, seed=self.context.seed + number - 1)
         for inner in steps:
-            torch.manual_seed(context.seed)
+            randomness.seed(context.seed)
             with _naming(f"round {number} of {settings.rounds}"):
                 plan = inner.plan(current, context)
                 edits, current = compose(self.start, edits, plan.edits, now=current)

@@ -102,7 +102,8 @@ def train(
             ):
                 if checkpoint is not None:
                     run.go_on(kept, description, progress)
-                advance(run.step)
+                if run.step:
+                    advance(run.step)
                 with tracking.open(run.step) if tracking else nullcontext(None) as log:
                     while run.taken or (run.step < run.total and not run.stopped):
                         for said in run.one_pass(batches, log):

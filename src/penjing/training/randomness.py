@@ -34,14 +34,19 @@ def restore(kept: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(_tensor(kept["cuda"]))
 
 
+def seed(number: int) -> None:
+    """Seeds every generator that a data set or a network may draw from."""
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
+
+
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, everything is drawn from `seed` on; afterwards the caller's random numbers are as they were."""
+def seeded(number: int) -> Iterator[None]:
+    """Inside, everything is drawn from the seed `number` on; afterwards the caller's random numbers are as they were."""
     before = states()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed(number)
         try:
             yield
         finally:
