@@ -26,6 +26,9 @@ X = torch.randn(90, 6, generator=torch.Generator().manual_seed(3))
 Y = X @ torch.randn(6, 2, generator=torch.Generator().manual_seed(4))
 
 
+Result = tuple[Trained, dict[str, torch.Tensor]]
+
+
 class Cut(Exception):
     """Stands for a kill."""
 
@@ -78,7 +81,7 @@ WAYS = {
 }
 
 
-def trained(loss: Loss, file: Path | None, **more: object) -> tuple[Trained, dict[str, torch.Tensor]]:
+def trained(loss: Loss, file: Path | None, **more: object) -> Result:
     module, settings = model(), {"training": Training(epochs=4, lr=0.02), **more}
     done = train(
         module,
@@ -92,9 +95,7 @@ def trained(loss: Loss, file: Path | None, **more: object) -> tuple[Trained, dic
     return done, module.state_dict()
 
 
-def assert_same(
-    found: tuple[Trained, dict[str, torch.Tensor]], expected: tuple[Trained, dict[str, torch.Tensor]]
-) -> None:
+def assert_same(found: Result, expected: Result) -> None:
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][n], expected[1][n]) for n in expected[1])
 
@@ -250,7 +251,8 @@ def test_trainings_inside_other_steps_go_on(name: str, tmp_path: Path, every_ste
     last = Cutting()
     found = run(tmp_path, last)
     assert any("going on after step" in note for cutting in (*cuts, last) for note in cutting.notes)
-    assert sum(cutting.steps for cutting in (*cuts, last)) < 1.3 * steps
+    # A cut loses the step that it cut, and going on is told at once.
+    assert sum(cutting.steps for cutting in (*cuts, last)) <= steps + 4
     assert found.state()[0] == expected.state()[0]
     assert all(torch.equal(t, expected.tensors()[n]) for n, t in found.tensors().items())
     assert not list(tmp_path.glob("**/training-*"))

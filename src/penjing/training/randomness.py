@@ -43,7 +43,7 @@ def seed(number: int) -> None:
 
 @contextmanager
 def seeded(number: int) -> Iterator[None]:
-    """Inside, everything is drawn from the seed `number` on; afterwards the caller's random numbers are as they were."""
+    """Inside, all is drawn from the seed `number` on; the caller's random numbers go on afterwards as they were."""
     before = states()
     with torch.random.fork_rng():
         seed(number)
