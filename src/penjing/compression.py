@@ -78,9 +78,9 @@ def compress(
     known = get_task(task)
     samples = None if data is None else Data(data)
     held_out = None if test is None else Data(test)
-    require_trackers(trackers)
     if trackers and resume is None:
         raise InputError("trackers need a folder to write to, and resume names none", hint="for example resume='run'")
+    require_trackers(trackers)
     context = Context(original=network, data=samples, task=known, seed=seed, progress=progress)
     for number, step in enumerate(recipe, 1):
         with _naming(number, step):

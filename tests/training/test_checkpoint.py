@@ -227,7 +227,7 @@ QUANTIZED = pj.TrainQuantized(weights="int4", lower=["int8"], finetune=replace(T
 ROUNDS = pj.Gradually(step=pj.PruneChannels(ratio=0.5), between=replace(TUNE, epochs=1), rounds=3)
 NESTED = {
     "one after another": RECIPE,
-    "some channels pay": pj.Recipe(RECIPE.steps[2]),
+    "some channels pay": pj.Recipe(replace(RECIPE.steps[2], train=pj.Finetune(epochs=1, batch_size=10, lr=0.1))),
     "all channels pay": pj.Recipe(replace(RECIPE.steps[2], penalty="group-lasso", strength=0.1)),
     "on grids": pj.Recipe(QUANTIZED),
     "in rounds": pj.Recipe(ROUNDS),

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -31,7 +31,7 @@ from penjing.training.checkpoint import (
     tensors_of,
 )
 from penjing.training.precision import autocast
-from penjing.training.processes import Team, is_main_process
+from penjing.training.processes import Team, accelerator, is_main_process
 from penjing.training.schedules import rate
 from penjing.training.settings import OPTIMIZERS, Diverged, Monitor, Trained, Training
 from penjing.training.trackers import Log, Tracking
@@ -110,7 +110,7 @@ def train(
                             advance(1)
                             detail(progress, said)
                             if checkpoint is not None:
-                                run.keep(checkpoint, signals)
+                                run.keep(checkpoint, signals, progress)
                 run.end()
         finally:
             module.to("cpu")
@@ -141,7 +141,7 @@ class _Run:
         self.module, self.loss, self.training = module, loss, training
         self.after_step, self.monitor = after_step, monitor
         # A network may have outputs that no loss looks at, and then parameters without a gradient.
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.accelerator = accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.team = Team(self.accelerator, alone)
         turns = max(1, steps_per_epoch // self.team.size)
         self.total = max(1, math.ceil(training.epochs * math.ceil(turns / training.accumulate)))
@@ -267,28 +267,28 @@ class _Run:
         return self.step % max(1, self.total // _POINTS) == 0 or self.step == self.total
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
-    def keep(self, checkpoint: Checkpoint, signals: Signals) -> None:
+    def keep(self, checkpoint: Checkpoint, signals: Signals, progress: Progress) -> None:
         """After a step: a checkpoint if one is due, and what a signal that came in the meantime asks for."""
         if self.team.size > 1 and self.step % _LOOKS:
             return
         order = self.team.first_says(2 if signals.came is not None else int(checkpoint.due()))
         if order:
-            randoms = self.team.from_all(randomness.states())
+            own = self.team.from_all({"losses": self.losses, "now": randomness.states()})
             if is_main_process():
-                checkpoint.save(self._snapshot(randoms))
+                checkpoint.save(self._snapshot(own))
         if order == 2:
+            progress.note(f"{checkpoint.file} keeps the training as it is after step {self.step}: start again to go on")
             signals.deliver()
 
-    def _snapshot(self, randoms: list[dict[str, Any]]) -> Snapshot:
+    def _snapshot(self, own: list[dict[str, Any]]) -> Snapshot:
         numbers = {
             "step": self.step,
             "epoch": self.epoch,
             "taken": self.taken,
-            "losses": self.losses,
             "metrics": self.metrics,
             "best": self.best,
             "at_start": self.at_start,
-            "now": randoms,
+            "own": own,
         }
         tensors = _named("module/", tensors_of(self.module)) | optimizer_state(self.optimizer)
         if self.mean is not None:
@@ -314,9 +314,9 @@ class _Run:
             self.mean.put_back(_unnamed("mean/", tensors))
         self.best_tensors = _unnamed("best/", tensors)
         self.step, self.epoch, self.taken = step, numbers["epoch"], numbers["taken"]
-        self.losses, self.metrics, self.best = numbers["losses"], numbers["metrics"], numbers["best"]
-        self.at_start = numbers["at_start"]
-        self.now = numbers["now"][self.team.index]
+        self.metrics, self.best, self.at_start = numbers["metrics"], numbers["best"], numbers["at_start"]
+        own = numbers["own"][self.team.index]
+        self.losses, self.now = own["losses"], own["now"]
         progress.note(f"{description}: going on after step {step} of {self.total}")
 
 

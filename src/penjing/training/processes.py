@@ -1,23 +1,35 @@
-"""Several processes started by `accelerate launch`: who writes, and how all come to hold the same."""
+"""Several processes started by `accelerate launch` or `torchrun`: who writes, and how all come to hold the same."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from torch import nn
+
+
+def accelerator(**settings: Any) -> Accelerator:
+    """What runs a training on the devices and processes that there are."""
+    return Accelerator(cpu=_on_cpu(), **settings)
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes files: the only one, or the first."""
-    return bool(PartialState().is_main_process)
+    return bool(PartialState(cpu=_on_cpu()).is_main_process)
 
 
 def count_processes() -> int:
     """How many processes share the work."""
-    return int(PartialState().num_processes)
+    return int(PartialState(cpu=_on_cpu()).num_processes)
+
+
+def _on_cpu() -> bool:
+    # Accelerate has to be told: without a device, processes of torchrun would each take themselves for the only one.
+    wanted = parse_flag_from_env("ACCELERATE_USE_CPU")
+    return wanted or ("LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
 
 
 class Team:

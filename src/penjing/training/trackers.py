@@ -14,6 +14,7 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 
 from penjing.errors import InputError, MissingExtraError
 from penjing.registry import Registry
+from penjing.training import randomness
 from penjing.training.processes import is_main_process
 
 #: (values by name, the step) → nothing.
@@ -45,11 +46,13 @@ class Tracking:
             return
         with ExitStack() as ends:
             found = []
+            before = randomness.states()  # whatever a tracker draws for its names
             for name in self.names:
                 tracker = TRACKERS.get(name)(self.run, self.folder, step)
                 tracker.start()
                 ends.callback(tracker.finish)
                 found.append(tracker)
+            randomness.restore(before)
 
             def log(values: Mapping[str, float], step: int) -> None:
                 for tracker in found:
