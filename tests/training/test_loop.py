@@ -179,7 +179,7 @@ def test_finetune_keeps_what_is_best_on_samples_that_it_does_not_see(precision: 
     assert note.startswith("accuracy on held-out samples by epochs: ")
     metrics = [float(word) for word in note.partition(": ")[2].partition(";")[0].split(", ")]
     assert len(metrics) <= 12 and max(metrics) == pytest.approx(accuracy, abs=1e-3 if precision == "f32" else 0.03)
-    assert note.endswith(f"those after epoch {metrics.index(max(metrics)) + 1} are kept")
+    assert note.endswith(f"the weights after epoch {metrics.index(max(metrics)) + 1} are kept")
     assert len(metrics) == 12 or len(metrics) - metrics.index(max(metrics)) - 1 == 3
 
 
@@ -205,7 +205,7 @@ def test_unknown_and_missing_trackers_are_said(monkeypatch: pytest.MonkeyPatch) 
     assert missing.value.hint == "pip install 'penjing[trackers]'"
     with pytest.raises(InputError, match="trackers need a folder to write to"):
         pj.compress(
-            network(), pj.Recipe(pj.Finetune()), data=(IMAGES, CLASSES), task="classification", trackers=["own"]
+            network(), pj.Recipe(pj.Finetune()), data=(IMAGES, CLASSES), task="classification", trackers=["wandb"]
         )
 
 

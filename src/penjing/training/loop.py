@@ -254,7 +254,7 @@ class _Run:
         self.module.train()
         self.metrics.append(value)
         sign = 1 if monitor.higher_is_better else -1
-        if self.best is None or sign * value > sign * self.metrics[self.best - 1]:
+        if not math.isnan(value) and (self.best is None or sign * value > sign * self.metrics[self.best - 1]):
             self.best = len(self.metrics)
             self.best_tensors = {n: t.clone() for n, t in tensors_of(self.module).items()}
         if before:
