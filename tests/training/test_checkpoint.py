@@ -258,6 +258,25 @@ def test_trainings_inside_other_steps_go_on(name: str, tmp_path: Path, every_ste
     assert not list(tmp_path.glob("**/training-*"))
 
 
+def test_a_teachers_answers_are_asked_for_again(tmp_path: Path, every_step: None) -> None:
+    """Of samples that come in another order each time, and are others each time."""
+    start, tune = network(), pj.Finetune(epochs=3, batch_size=8, teacher="original", alpha=0.5)
+    recipe = pj.Recipe(pj.PruneWeights(sparsity=0.5), tune)
+
+    def run(folder: Path | None, cutting: Cutting) -> pj.Result:
+        loader = torch.utils.data.DataLoader(Varied(), batch_size=8, shuffle=True)
+        settings = {"data": loader, "task": "classification", "resume": folder, "progress": cutting}
+        return pj.compress(start, recipe, **settings)  # type: ignore[arg-type]
+
+    expected = run(None, Cutting())
+    for at in (17, 9):
+        with pytest.raises(Cut):
+            run(tmp_path, Cutting(at))
+    found = run(tmp_path, Cutting())
+    assert found.plans[1].notes == expected.plans[1].notes
+    assert all(torch.equal(t, expected.network.tensors()[n]) for n, t in found.network.tensors().items())
+
+
 def die_again_and_again(start: Network, folder: Path, kills: int) -> None:
     """In children of this process, which has not trained: the same run, killed `kills` times at random moments; what
     it ends with beside what it gives if it is left alone."""

@@ -37,7 +37,7 @@ from penjing.network import Network
 from penjing.recipe.context import Context
 from penjing.recipe.plans import Plan
 from penjing.recipe.steps import Step
-from penjing.training import Checkpoint, Tracking, count_processes, is_main_process, randomness
+from penjing.training import Checkpoint, Tracking, count_processes, is_main_process, randomness, wait_for_all
 
 #: Samples that tell one data set from another, beside their number.
 _SAMPLES = 256
@@ -81,7 +81,7 @@ class Rounds:
 
     def keep(self, number: int, plan: Plan) -> None:
         """Writes the Plan after round `number`."""
-        if not is_main_process():
+        if not _mine_to_write():
             return
         earlier = self._kept()
         plan.save(self.folder / f"round-{number:04}.safetensors")
@@ -91,7 +91,7 @@ class Rounds:
 
     def finish(self, plan: Plan) -> None:
         """Writes the Plan in the end."""
-        if not is_main_process():
+        if not _mine_to_write():
             return
         plan.save(self.folder / "plan.safetensors")
         for file in self._kept().values():
@@ -126,7 +126,7 @@ class Steps:
 
     def keep(self, number: int, plan: Plan, seconds: float) -> None:
         """Writes the Plan of Step `number`; its trainings are needed no more."""
-        if not is_main_process():
+        if not _mine_to_write():
             return
         file, beside = self._files(number)
         with appearing(beside) as aside:
@@ -172,6 +172,12 @@ class Trainings:
             file.unlink(missing_ok=True)
         with suppress(OSError):  # somebody else's file is in there
             self.folder.rmdir()
+
+
+def _mine_to_write() -> bool:
+    """Whether this process writes; when it may: all have read by then what they go on from."""
+    wait_for_all()
+    return is_main_process()
 
 
 def _run(settings: Any, network: Network, context: Context) -> dict[str, Any]:

@@ -74,9 +74,11 @@ def train(
     teacher) are moved to the same device. `after_step` may change weights after each step (a penalty's proximal step).
     The same seed gives the same result.
 
-    With a `checkpoint`, a training that was killed goes on when it is called again with the same arguments, and ends
-    with the same bits; one that had ended gives its result again. Ctrl-C then waits for the step's end and leaves a
-    checkpoint. `alone`: of several processes, each trains by itself on all batches, with the same result.
+    With a `monitor` a metric is measured after every pass, and the weights that were best are what remains. `tracking`
+    draws loss, rate and metric. With a `checkpoint`, a training that was killed goes on when it is called again with
+    the same arguments, and ends with the same bits; one that had ended gives its result again. Ctrl-C then waits for
+    the step's end and leaves a checkpoint. `alone`: of several processes, each trains by itself on all batches, with
+    the same result.
 
     Raises Diverged on a loss that is not finite and DataError when there are no batches. Whatever interrupts this
     leaves only the caller's own copy half trained.

@@ -26,6 +26,11 @@ def count_processes() -> int:
     return int(PartialState(cpu=_on_cpu()).num_processes)
 
 
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    PartialState(cpu=_on_cpu()).wait_for_everyone()
+
+
 def _on_cpu() -> bool:
     # Accelerate has to be told: without a device, processes of torchrun would each take themselves for the only one.
     wanted = parse_flag_from_env("ACCELERATE_USE_CPU")
