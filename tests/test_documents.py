@@ -15,6 +15,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "docs" / "tour.md",
+    ROOT / "docs" / "training.md",
     *sorted((ROOT / "docs" / "adr").glob("*.md")),
 ]
 
@@ -40,6 +41,16 @@ def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     network, again, result = names["network"], names["again"], names["result"]
     assert (tmp_path / "bundle" / "report.html").is_file()
     assert again.parameter_count() == result.network.parameter_count() < network.parameter_count()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "document"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for line, code in _blocks(ROOT / "docs" / "training.md", "python"):
+            exec(compile("\n" * line + code, "training.md", "exec"), names)
+    assert len(list((tmp_path / "run").glob("step-0?.safetensors"))) == 3
 
 
 @pytest.mark.slow
@@ -69,4 +80,5 @@ def test_pages_keep_their_size() -> None:
     assert lines.pop("CONTRIBUTING.md") < 60
     assert lines.pop("README.md") < 120
     assert lines.pop("tour.md") < 300
+    assert lines.pop("training.md") < 100
     assert all(n < 45 for n in lines.values()), "a decision is at most one screen"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from penjing.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.recipe import Context, Plan, Recipe, Step
 from penjing.recipe.judging import scores_of
+from penjing.recipe.resuming import Steps
 from penjing.task import Task, get_task
+from penjing.training import randomness, require_trackers
 
 #: Samples that the metric before and after each step is taken on; the final figures of a report come from all of them.
 STEP_SAMPLES = 1000
@@ -43,6 +46,8 @@ def compress(
     task: str | Task | None = None,
     test: Any = None,
     seed: int = 0,
+    resume: str | Path | None = None,
+    trackers: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> Result:
     """Applies the Steps of `recipe` in order.
@@ -50,6 +55,13 @@ def compress(
     `data`: samples to calibrate, reconstruct and train with (labels are looked at only if `task` is given). `test`:
     samples to take the metric before and after each step with; without them nothing is measured in between. Neither
     `network` nor any object of the caller's is changed. The same seed gives the same result on the same machine.
+
+    `resume` names a folder in which everything that is reached is kept: Steps that are done, and trainings under way.
+    A run that was killed at any moment and is started again, with the same network, recipe, samples, task and seed,
+    goes on there and ends with the same network, to the last bit; another run is refused. `trackers` ("tensorboard",
+    "wandb", "mlflow") draw the curves of all trainings, and write into that folder.
+
+    Started by `accelerate launch` in several processes, all give the same result, and the first one writes.
 
     Raises RecipeError or DataError before any work is done where a Step lacks what it needs, naming the step's number.
     """
@@ -66,6 +78,9 @@ def compress(
     known = get_task(task)
     samples = None if data is None else Data(data)
     held_out = None if test is None else Data(test)
+    if trackers and resume is None:
+        raise InputError("trackers need a folder to write to, and resume names none", hint="for example resume='run'")
+    require_trackers(trackers)
     context = Context(original=network, data=samples, task=known, seed=seed, progress=progress)
     for number, step in enumerate(recipe, 1):
         with _naming(number, step):
@@ -73,18 +88,24 @@ def compress(
     _refuse_other_precisions(network)
     if samples is not None:
         network.bind(samples.first(1 if network.batch_is_dynamic else network.inputs[0].shape[0]))
+    kept = None if resume is None else Steps(resume, recipe, network, context, trackers)
     current = network.replace(task=known.name) if known else network
     plans: list[Plan] = []
     rows: list[dict[str, Any]] = []
     before = _look(current, held_out, known, progress)
     for number, step in enumerate(recipe, 1):
-        torch.manual_seed(seed)
         started = time.perf_counter()
+        done = kept.done(number) if kept else None
+        own = replace(context, trainings=kept.trainings(number)) if kept else context
         # A caller's no_grad is not meant for what trains in here.
-        with _naming(number, step), torch.inference_mode(False), torch.enable_grad():
-            plan = step.plan(current, context)
+        with _naming(number, step), torch.inference_mode(False), torch.enable_grad(), randomness.seeded(seed):
+            plan = done[0] if done else step.plan(current, own)
             current = current.apply(plan.edits)
-        seconds = time.perf_counter() - started
+        seconds = done[1] if done else time.perf_counter() - started
+        if done:
+            progress.note(f"step {number} ({step.name}) is done: {resume} holds its plan")
+        elif kept:
+            kept.keep(number, plan, seconds)
         current = current.record({"event": "step", "name": step.name, "settings": step.done(), "seed": seed})
         after = _look(current, held_out, known, progress)
         plans.append(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Progress(Protocol):
@@ -17,6 +17,21 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """One sentence for the person who waits."""
         ...
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """Progress that also shows how the work in hand looks: a loss, a metric."""
+
+    def detail(self, text: str) -> None:
+        """A few words beside the bar of the innermost task, until the next ones."""
+        ...
+
+
+def detail(progress: Progress, text: str) -> None:
+    """Shows `text` where `progress` has a place for it."""
+    if isinstance(progress, Detailed):
+        progress.detail(text)
 
 
 class _Silent:

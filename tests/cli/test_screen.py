@@ -68,4 +68,4 @@ def test_tasks_on_a_terminal_end_cleanly(capfd):
             raise ValueError
     except ValueError:
         pass
-    assert screen._bars is None and screen._depth == 0
+    assert screen._bars is None and not screen._tasks

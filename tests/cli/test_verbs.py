@@ -92,6 +92,17 @@ def test_default_recipe_says_what_it_does(penjing, desk):
     assert done.json["out"] == "build-compressed" and (desk / "build-compressed" / "report.json").is_file()
 
 
+def test_a_run_is_kept_and_goes_on(penjing, desk, quantize):
+    arguments = (*COMPRESS, "--recipe", quantize, "--out", "small", "--resume", "run", "--json")
+    first, again = penjing(*arguments), penjing(*arguments)
+    assert first.code == again.code == 0, again.err
+    assert {"run.json", "step-01.json", "step-01.safetensors"} == files(desk / "run")
+    assert "step 1 (Quantize) is done: run holds its plan" in again.err and "is done" not in first.err
+    assert first.json["result"]["metric"] == again.json["result"]["metric"]
+    other = penjing(*arguments, "--seed", "1")
+    assert other.code == 2 and "run holds another run, with other seed" in other.err
+
+
 def test_a_network_without_baseline(penjing):
     done = penjing("evaluate", "net.py:build", *DATA, "--task", "classification")
     assert done.code == 0 and done.out == ""
@@ -159,6 +170,8 @@ def test_bad_recipes(penjing, desk, recipe, error, hint):
         (("unpack", "nothing.penjing", "net.safetensors"), "no file nothing.penjing", ""),
         (("unpack", "nothing.penjing", "net.pt"), "must end in .safetensors", ""),
         (("demo", "--out", "thesis"), "holds other files", "--out"),
+        ((*COMPRESS, "--track", "tensorboard"), "", ""),
+        ((*COMPRESS, "--resume", "run", "--track", "tensorbord"), "'tensorbord'", "did you mean 'tensorboard'?"),
     ],
 )
 def test_bad_arguments(penjing, desk, quantize, args, error, hint):

@@ -202,6 +202,7 @@ def _optimise(
         lambda m, batch: _distance(m(*batch[0]), batch[1]),
         Training(epochs=steps / len(samples), lr=lr, optimizer="adamw", weight_decay=0.0, seed=seed),
         steps_per_epoch=len(samples),
+        alone=True,
         keep={n: m for n, m in masks.items() if n in block.weights},
         frozen=lambda name: name not in block.weights,
     )

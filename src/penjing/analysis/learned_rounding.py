@@ -280,6 +280,7 @@ class _Tuner:
             loss,
             Training(epochs=steps / len(samples), lr=lr, optimizer="adamw", weight_decay=0.0, clip=None, seed=seed),
             steps_per_epoch=len(samples),
+            alone=True,
             frozen=lambda name: name not in self.rates,
             after_step=after_step,
             rates=self.rates,

@@ -167,6 +167,7 @@ def movement(
         masked_loss,
         Training(epochs=1, lr=lr, weight_decay=0.0, seed=seed),
         steps_per_epoch=steps,
+        alone=True,
         keep=network.masks,
         progress=progress,
         description="watching weights move",

@@ -47,6 +47,8 @@ def compress(
         ),
     ] = False,
     cache: options.Cache = None,
+    resume: options.Resume = None,
+    track: options.Trackers = None,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> int:
@@ -58,9 +60,14 @@ def compress(
     from penjing.cli import views
     from penjing.cli.targets import parse_targets
     from penjing.data import load_data
+    from penjing.progress import SILENT
     from penjing.task import get_task
+    from penjing.training import is_main_process, require_trackers
 
     screen: Screen = context.obj
+    require_trackers(track or ())
+    if track and resume is None:
+        raise InputError("--track writes to the folder of --resume, and none is named", hint="add --resume DIR")
     if cache is not None and not sensitivity:
         raise InputError("--cache keeps sensitivity curves, which are not asked for", hint="add --sensitivity")
     targets = parse_targets(target)
@@ -85,7 +92,20 @@ def compress(
     curves = None
     if sensitivity:
         curves = curves_for(steps, network, samples, goal, cache=cache, seed=seed, screen=screen)
-    result = pj.compress(network, steps, data=samples, task=goal, test=held_out, seed=seed, progress=screen)
+    first = is_main_process()
+    result = pj.compress(
+        network,
+        steps,
+        data=samples,
+        task=goal,
+        test=held_out,
+        seed=seed,
+        resume=resume,
+        trackers=track or (),
+        progress=screen if first else SILENT,
+    )
+    if not first:  # of several processes, one measures and writes
+        return 0
     report = pj.evaluate(
         result.network,
         held_out or samples,

@@ -59,5 +59,22 @@ Cache = Annotated[
         help="A folder to keep the curves in: the same network, samples and settings are then read, not measured.",
     ),
 ]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="DIR",
+        help="A folder to keep what is reached in: a run that was killed goes on there when it is started again.",
+    ),
+]
+Trackers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Draw the curves of all trainings in tensorboard, wandb (offline) or mlflow, under the folder of "
+        "--resume. Give it again for more.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Makes the run repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]

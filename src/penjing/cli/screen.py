@@ -12,7 +12,15 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 # A bar that lives for less than this only flickers; without a terminal, only work longer than _LONG is worth a line.
 _SHORT = 0.4
@@ -30,7 +38,7 @@ class Screen:
         self.json_wanted = json_wanted
         self.console = Console(stderr=True, highlight=False, soft_wrap=False)
         self._bars: Progress | None = None
-        self._depth = 0
+        self._tasks: list[TaskID] = []
         self._stdout: int | None = None
 
     # -- text -------------------------------------------------------------------------------------------------
@@ -92,7 +100,8 @@ class Screen:
             return
         bars = self._started()
         start = time.monotonic()
-        number = bars.add_task(escape(description), total=total, visible=False)
+        number = bars.add_task(escape(description), total=total, visible=False, detail="")
+        self._tasks.append(number)
 
         def advance(n: int = 1) -> None:
             bars.update(number, advance=n, visible=time.monotonic() - start > _SHORT)
@@ -103,19 +112,24 @@ class Screen:
             yield advance
         finally:
             bars.remove_task(number)
+            self._tasks.remove(number)
             self._stopped()
 
+    def detail(self, text: str) -> None:
+        """A few words beside the innermost bar."""
+        if self._bars is not None and self._tasks:
+            self._bars.update(self._tasks[-1], detail=escape(text))
+
     def _started(self) -> Progress:
-        self._depth += 1
         if self._bars is None:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._bars = Progress(*columns, TimeRemainingColumn(compact=True), console=self.console, transient=True)
+            more = (TimeRemainingColumn(compact=True), TextColumn("{task.fields[detail]}", style="dim"))
+            self._bars = Progress(*columns, *more, console=self.console, transient=True)
             self._bars.start()
         return self._bars
 
     def _stopped(self) -> None:
-        self._depth -= 1
-        if self._depth == 0 and self._bars is not None:
+        if not self._tasks and self._bars is not None:
             self._bars.stop()
             self._bars = None
 

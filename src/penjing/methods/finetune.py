@@ -17,9 +17,24 @@ from penjing.errors import DataError, RecipeError
 from penjing.network import Network, SetWeights
 from penjing.progress import Progress
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.recipe.judging import HELD_OUT
+from penjing.recipe.watching import watching
 from penjing.task import class_dimension, primary
 from penjing.tensors.distillation import matching, soft_labels
-from penjing.training import AUGMENTATIONS, OPTIMIZERS, PRECISIONS, Batch, Trained, Training, augment, call, train
+from penjing.training import (
+    AUGMENTATIONS,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULES,
+    Batch,
+    Monitor,
+    Trained,
+    Training,
+    augment,
+    call,
+    randomness,
+    train,
+)
 
 #: The teacher's answers are kept, instead of asked for every epoch, while samples and answers stay below this.
 _CACHE_BYTES = 2 << 30
@@ -43,6 +58,12 @@ class Finetune(Step):
     statistics follow the training samples; with `where`, only tensors it selects change. `precision="bf16"`
     multiplies in bfloat16: about twice as fast on processors that have it, slower on others. `average` (0.998, say)
     gives the exponential average of the weights over the steps instead of the last ones.
+
+    The rate rises over the first twentieth of the steps and then follows `schedule`: "cosine" or "linear" to zero,
+    "constant", or "step" (a tenth after half, a hundredth after three quarters). `accumulate` batches together make a
+    step. `held_out` keeps a share of the samples apart and measures the task's metric on them after every epoch
+    (without labels or a task, the loss): the result is what measured best. `patience` ends the training after so many
+    epochs that were no better (a fifth is held out if nothing else is said).
     """
 
     learns: ClassVar[bool] = True
@@ -59,6 +80,10 @@ class Finetune(Step):
     hints: float = 0.0
     precision: str = "f32"
     average: float = 0.0
+    schedule: str = "cosine"
+    accumulate: int = 1
+    held_out: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         infinity = float("inf")
@@ -74,6 +99,10 @@ class Finetune(Step):
         self.require_between("hints", 0, infinity)
         self.require_between("average", 0, 1, open_high=True)
         self.require_one_of("precision", PRECISIONS)
+        self.require_one_of("schedule", SCHEDULES.names())
+        self.require_whole("accumulate", 1)
+        self.require_between("held_out", 0, 1, open_low=True, open_high=True)
+        self.require_between("patience", 1, infinity)
         if self.hints and self.teacher is None:
             raise RecipeError("Finetune.hints needs a teacher to take them from", hint="teacher: original")
 
@@ -81,7 +110,9 @@ class Finetune(Step):
         """Trains a copy; the Plan holds the new values of every tensor that changed."""
         self.check(context)
         self._fits(network)
-        data = cast(Data, context.data)
+        data, held = cast(Data, context.data), None
+        if self.held_out is not None or self.patience is not None:
+            ((data, held),) = data.split([self.held_out or HELD_OUT], seed=context.seed)
         looked_at, taught = network, context.original
         sums: dict[str, tuple[int, Tensor] | None] = {}
         if self.hints:
@@ -96,9 +127,21 @@ class Finetune(Step):
         student = looked_at.module()
         teacher = taught.module() if self.teacher else None
         fast = _channels_last(data, student, *([teacher] if teacher else []))
-        batches, known_answers = self._batches(data, teacher, context, fast)
-        loss = self._loss(network, context, None if known_answers else teacher, sums)
+        batches = self._batches(data, teacher, context, fast)
+        loss = self._loss(network, context, teacher, sums)
         learned = set(network.parameter_names)
+        monitor = None
+        if held is not None:
+            monitor = watching(
+                held,
+                context.task,
+                lambda module, batch: loss(module, (_laid_out(batch[0], fast), *batch[1:])),
+                lambda module, inputs: self._outputs(call(module, _laid_out(inputs, fast))),
+                batch_size=self.batch_size,
+                fixed=not (network.batch_is_dynamic and context.original.batch_is_dynamic),
+                patience=self.patience,
+            )
+        checkpoint, tracking = context.trainings.of(self, network, context) if context.trainings else (None, None)
         trained = train(
             student,
             batches,
@@ -111,6 +154,8 @@ class Finetune(Step):
                 seed=context.seed,
                 precision=self.precision,
                 average=self.average,
+                schedule=self.schedule,
+                accumulate=self.accumulate,
             ),
             steps_per_epoch=_count_batches(data, self.batch_size),
             keep={n: m for n, m in network.masks.items() if n in learned},
@@ -118,10 +163,13 @@ class Finetune(Step):
             frozen=lambda name: not matches(self.where, name),
             companions=(teacher,) if teacher is not None else (),
             after_step=context.after_step,
+            monitor=monitor,
+            checkpoint=checkpoint,
+            tracking=tracking,
             progress=context.progress,
             description=f"fine-tuning {network.name}",
         )
-        return self._result(network, student, trained)
+        return self._result(network, student, trained, monitor)
 
     def check(self, context: Context) -> None:
         """Training needs samples, and labels with a task unless a teacher is followed."""
@@ -160,26 +208,21 @@ class Finetune(Step):
 
     def _batches(
         self, data: Data, teacher: nn.Module | None, context: Context, fast: bool
-    ) -> tuple[Callable[[int], Iterator[Batch]], bool]:
-        """Batches (inputs, labels, teacher's answer or None) of an epoch, and whether the answers are in them."""
+    ) -> Callable[[int], Iterator[Batch]]:
+        """Batches (inputs, labels, teacher's answer or None) of an epoch."""
         seed = context.seed
-        cached = None
         free = context.original.batch_is_dynamic
-        if (
-            teacher is not None
-            and self.augment is None
-            and not self.hints
-            and self.epochs > 1
-            and free
-            and _fits_in_memory(data)
-        ):
-            cached = _answers(data, teacher, fast, context.progress)
+        constant = teacher is not None and self.augment is None and not self.hints and self.epochs > 1 and free
+        kept: list[Batch] = []  # once a training that goes on, or has ended, turns out to need them
 
         def of_epoch(epoch: int) -> Iterator[Batch]:
             generator = torch.Generator().manual_seed(seed * 7919 + epoch)
+            if teacher is not None and constant and not kept and _fits_in_memory(data):
+                with randomness.seeded(seed):  # the same order of samples whenever that is
+                    kept.append(_answers(data, teacher, fast, context.progress))
             whole = (
-                _slices(cached, self.batch_size, generator)
-                if cached is not None
+                _slices(kept[0], self.batch_size, generator)
+                if kept
                 else ((x, y, None) for x, y in data.batches(self.batch_size, shuffle=True, seed=seed * 7919 + epoch))
             )
             for number, (inputs, labels, answer) in enumerate(whole):
@@ -189,7 +232,11 @@ class Finetune(Step):
                     inputs = pytree.tree_map(lambda x: augment(x, self.augment or "", generator), inputs)
                 yield _laid_out(inputs, fast), labels, answer
 
-        return of_epoch, cached is not None
+        return of_epoch
+
+    def _outputs(self, given: Any) -> Any:
+        """A student's own outputs, without the values that are looked at besides."""
+        return given[0] if self.hints else given
 
     def _loss(
         self,
@@ -231,7 +278,7 @@ class Finetune(Step):
 
         return loss
 
-    def _result(self, network: Network, student: nn.Module, trained: Trained) -> Plan:
+    def _result(self, network: Network, student: nn.Module, trained: Trained, monitor: Monitor | None) -> Plan:
         before = network.tensors()
         after = {**dict(student.named_parameters()), **dict(student.named_buffers())}
         edits, reasons = [], []
@@ -242,13 +289,15 @@ class Finetune(Step):
             edits.append(SetWeights(parameter=name, value=new.clone(memory_format=torch.contiguous_format)))
             moved = float((new - old.detach()).norm() / old.detach().norm().clamp_min(1e-12))
             reasons.append(Reason(layer=name, score=moved, choice="trained", why="relative change"))
-        losses = ", ".join(f"{value:.4g}" for value in trained.losses)
-        return Plan(
-            step=self,
-            edits=tuple(edits),
-            reasons=tuple(reasons),
-            notes=(f"{trained.steps} steps; mean loss by tenths: {losses}",),
-        )
+        notes = [f"{trained.steps} steps; mean loss by tenths: {_row(trained.losses)}"]
+        if monitor is not None:
+            kept = f"the weights after epoch {trained.best} are kept" if trained.best else "none is a number"
+            notes.append(f"{monitor.metric} on held-out samples by epochs: {_row(trained.metrics)}; {kept}")
+        return Plan(step=self, edits=tuple(edits), reasons=tuple(reasons), notes=tuple(notes))
+
+
+def _row(values: list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _rates(network: Network) -> dict[str, float]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast
 
-import torch
-
 from penjing.analysis.footprint import footprint
 from penjing.analysis.remaining import remaining
 from penjing.data import Data
@@ -19,6 +17,7 @@ from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.recipe.judging import HELD_OUT, Judge, Verdict, read_floor, require_judge
 from penjing.recipe.resuming import Rounds
 from penjing.task import Task
+from penjing.training import randomness
 
 #: The part of the whole that is gone after the part `t` (0 to 1) of the rounds; `whole` is the share that goes in all.
 _SCHEDULES: dict[str, Callable[[float, float], float]] = {
@@ -55,9 +54,9 @@ class Gradually(Step):
     if it was the first, nothing changes. The plan says so. A network remembers what it was trained on: beside that the
     floor is stricter than on other samples.
 
-    `resume` names a folder in which the last round is kept. A run that was killed and is started again, with the same
-    network, settings, samples, task and seed, goes on after the last round there and ends with the same network;
-    another run is refused. With "original" as teacher, it is the original of the recipe in all rounds.
+    `resume` names a folder in which the last round is kept, and the training under way. A run that was killed and is
+    started again, with the same network, settings, samples, task and seed, goes on there and ends with the same
+    network; another run is refused. With "original" as teacher, it is the original of the recipe in all rounds.
     """
 
     keeping: ClassVar[tuple[str, ...]] = ("resume",)
@@ -113,7 +112,7 @@ class Gradually(Step):
     def plan(self, network: Network, context: Context) -> Plan:
         """Goes through all rounds on copies; one set of Edits leads from `network` to what they reached."""
         self.check(context)
-        with torch.random.fork_rng():
+        with randomness.seeded(context.seed):
             return _Run(self, network, context).plan()
 
 
@@ -123,12 +122,12 @@ class _Run:
     def __init__(self, settings: Gradually, start: Network, context: Context) -> None:
         self.settings, self.start, self.progress = settings, start, context.progress
         self.kept = Rounds(settings.resume, settings, start, context) if settings.resume is not None else None
-        self.context = context
+        self.context = replace(context, trainings=self.kept.trainings(context.trainings)) if self.kept else context
         self.judge: Judge | None = None
         if settings.floor is not None:
             share = HELD_OUT if settings.held_out is None else settings.held_out
             ((seen, held),) = cast(Data, context.data).split([share], seed=context.seed)
-            self.context = replace(context, data=seen)
+            self.context = replace(self.context, data=seen)
             constraint, task = read_floor(settings, settings.floor), cast(Task, context.task)
             self.judge = Judge(constraint, task, [held], start, context.progress)
 
@@ -181,7 +180,7 @@ class _Run:
         # Every round draws other samples in another order; the first draws what the Step alone would.
         context = replace(self.context, seed=self.context.seed + number - 1)
         for inner in steps:
-            torch.manual_seed(context.seed)
+            randomness.seed(context.seed)
             with _naming(f"round {number} of {settings.rounds}"):
                 plan = inner.plan(current, context)
                 edits, current = compose(self.start, edits, plan.edits, now=current)

@@ -62,7 +62,8 @@ class Regularize(Step):
             after_step = growing(network, removals, strength)
         else:
             after_step = group_lasso(network.groups(), strength)
-        trained = self.train.plan(network, replace(context, after_step=after_step))
+        trainings = context.trainings.inside(self) if context.trainings else None
+        trained = self.train.plan(network, replace(context, after_step=after_step, trainings=trainings))
         edits, now = compose(network, (), trained.edits)
         if self.penalty == "greg":
             cut = replace(chosen, edits=tuple(removals))

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
-
 from penjing.data import Data
 from penjing.errors import EditError, RecipeError
 from penjing.network import Edit, Network
@@ -15,6 +13,7 @@ from penjing.network.composing import compose
 from penjing.recipe import Context, Plan, Reason, Step, step
 from penjing.recipe.judging import HELD_OUT, Judge, read_floor, require_judge
 from penjing.task import Task
+from penjing.training import randomness
 
 #: Whether an amount holds the floor.
 Holds = Callable[[float], bool]
@@ -107,7 +106,7 @@ class SearchAmount(Step):
     def plan(self, network: Network, context: Context) -> Plan:
         """Tries amounts on copies; the Plan holds the Edits of the largest that holds the floor."""
         self.check(context)
-        with torch.random.fork_rng():
+        with randomness.seeded(context.seed):
             return _Search(self, network, context).plan()
 
 
@@ -195,7 +194,7 @@ class _Search:
         steps: Sequence[Step | None] = (self.settings.step.taking(amount), self.settings.after)
         for inner in steps:
             if inner is not None:
-                torch.manual_seed(context.seed)  # amounts differ in nothing else
+                randomness.seed(context.seed)  # amounts differ in nothing else
                 plans.append(inner.plan(current, context))
                 edits, current = compose(self.network, edits, plans[-1].edits, now=current)
         return _Made(current, edits, tuple(plans))
