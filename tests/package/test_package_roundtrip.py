@@ -230,5 +230,5 @@ def test_reading_needs_no_torch(tmp_path, small):
 
 
 def test_the_codec_table_is_frozen():
-    assert codecs.NAMES == ("stored", "zstd", "grids", "planes")
+    assert codecs.NAMES == ("stored", "zstd", "grids", "planes", "sparse")
     assert layout.VERSION == 1 and layout.HEADER_SIZE == 57
