@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SearchAmount,
         ShareWeights,
         Step,
+        TrainLowEntropy,
         TrainQuantized,
     )
     from penjing.network import Network, capture
@@ -58,6 +59,7 @@ _HOMES = {
     "Step": "penjing.methods",
     "Target": "penjing.runtimes",
     "Task": "penjing.task",
+    "TrainLowEntropy": "penjing.methods",
     "TrainQuantized": "penjing.methods",
     "capture": "penjing.network",
     "compress": "penjing.compression",
@@ -92,6 +94,7 @@ __all__ = [
     "Step",
     "Target",
     "Task",
+    "TrainLowEntropy",
     "TrainQuantized",
     "__version__",
     "capture",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from penjing.errors import PackageError
 from penjing.package import codecs, decode, encode, inspect, sparse, write
+from penjing.tensors import sparse_coding
 
 ALWAYS = 1 << 30
 
@@ -84,9 +85,9 @@ def test_packages_choose_it_where_it_wins(tmp_path):
 
 def test_levels_are_the_nearest_powers_of_root_two():
     counts = np.arange(1, 5000)
-    levels = [sparse._level(int(c)) for c in counts]
+    levels = [sparse_coding.level_of(int(c)) for c in counts]
     assert np.array_equal(levels, np.floor(2 * np.log2(counts) + 0.5).astype(int) + 1)
-    steps = sparse._densities(5000)
+    steps = sparse_coding.densities(5000)
     ratio = counts / (5000 * steps[levels])
     assert ratio.max() < 2**0.2501 and ratio.min() > 2**-0.2501
 

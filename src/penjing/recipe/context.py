@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
 
 from penjing.data import Data
 from penjing.network import Network
@@ -14,7 +17,8 @@ from penjing.training import AfterStep
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a planner may look at besides the network: the original network, samples, the task, the seed; and what a
-    Step that trains is to do after each training step.
+    Step that trains is to do besides: `after_step` after each training step, `penalty` of the module in training added
+    to each loss, `rates` factors of the learning rates of single parameters.
     """
 
     original: Network
@@ -23,3 +27,5 @@ class Context:
     seed: int = 0
     progress: Progress = SILENT
     after_step: AfterStep | None = None
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
