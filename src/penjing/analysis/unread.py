@@ -12,8 +12,9 @@ from penjing.network.network import Network
 
 
 def unread_units(network: Network) -> tuple[tuple[Edit, ...], Network]:
-    """Edits that remove all units whose every weight behind is zero, and the network without them; of each group one unit
-    stays. What only such units read goes with them, layer after layer."""
+    """Edits that remove all units whose every weight behind is zero, and the network without them.
+
+    What only such units read goes with them, layer after layer; of each group one unit stays."""
     edits: tuple[Edit, ...] = ()
     now = network
     while True:
