@@ -37,7 +37,8 @@ class TrainLowEntropy(Step):
     the grid's step is learned (Esser et al. 2020, "Learned step size quantization"). Bytes are counted under the
     chances that the package's coder for sparse grids will give (`penjing.tensors.coding_rates`; after Oktay et al.
     2020, "Scalable model compression by entropy penalized reparameterization"): zeros get cheap, in rows and columns
-    that are nearly empty most of all, so that weights, neurons and inputs fall out by themselves. Units that nothing reads any more are removed. Batch norms are folded first.
+    that are nearly empty most of all, so that weights, neurons and inputs fall out by themselves. Units
+    that nothing reads any more are removed. Batch norms are folded first.
 
     `rate` is the one knob: how much loss a kilobyte is worth; 0.01 for a network of 10 kilobytes, less for larger ones.
     It grows over the first third of the steps. Adam finds the balance best: `Finetune(optimizer="adamw", lr=1e-3,
@@ -133,7 +134,7 @@ def _biases(node: fx.Node, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _grid(x: Tensor) -> WeightGrid:
-    """A grid for the whole tensor, its step the root mean square: about a third is zero then, and all can still move."""
+    """A grid for the whole tensor, its step the root mean square: about a third is zero, and all can still move."""
     step = x.square().mean().sqrt().clamp_min(1e-8).to(torch.float32)
     return WeightGrid(Grid(scale=step, zero_point=torch.tensor(0), quant_min=-_MOST, quant_max=_MOST))
 

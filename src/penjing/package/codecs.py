@@ -1,7 +1,7 @@
 """The codecs of parts, by number. A new coder takes the next number; older readers refuse a number they do not know.
 
 0 stored: the pieces' little-endian bytes. 1 zstd: one frame of the same. 2 grids: grids.py. 3 planes: planes.py.
-4 sparse: sparse.py.
+4 sparse: sparse.py. 5 phrases: zstd that may point into phrases.txt; of texts, the topology.
 """
 
 from __future__ import annotations
@@ -16,10 +16,21 @@ from penjing.package import grids, planes, sparse, zstd
 from penjing.package.models import Model
 from penjing.package.pieces import GRIDS, Spec
 
-STORED, ZSTD, GRID, PLANES, SPARSE = range(5)
-NAMES = ("stored", "zstd", "grids", "planes", "sparse")
+STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES = range(6)
+NAMES = ("stored", "zstd", "grids", "planes", "sparse", "phrases")
 
 Array = NDArray[np.generic]
+
+
+def encode_text(text: bytes) -> tuple[int, bytes]:
+    """The codec that makes a text smallest, and its bytes."""
+    forms = [(STORED, text), (ZSTD, zstd.compress(text)), (PHRASES, zstd.compress(text, phrases=True))]
+    return min(((codec, data) for codec, data in forms if data is not None), key=lambda form: len(form[1]))
+
+
+def decode_text(codec: int, payload: memoryview, size: int) -> bytes:
+    """The `size` bytes of a text; raises PackageError for bytes that no writer makes."""
+    return bytes(payload) if codec == STORED else zstd.decompress(payload, size, phrases=codec == PHRASES)
 
 
 def encode(
@@ -56,8 +67,8 @@ def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[
     else:
         raw: bytes | memoryview = payload
         size = sum(s.nbytes for s in specs)
-        if codec == ZSTD:
-            raw = zstd.decompress(payload, size)
+        if codec != STORED:
+            raw = zstd.decompress(payload, size, phrases=codec == PHRASES)
         if len(raw) != size:
             raise PackageError(f"a stored part holds {len(raw)} bytes instead of {size}", hint="get the package again")
         out, at = [], 0
