@@ -79,7 +79,7 @@ class TrainLowEntropy(Step):
             )
         folds = fold_batch_norms(network)
         folded = network.apply(folds) if folds else network
-        made = simulate(folded, {n: _grid(t) for n, t in self._selected(folded).items()})
+        made = simulate(folded, {n: _grid(like) for n, like in self._selected(folded).items()})
         watch = _Watch(self, folded, made, context)
         trained = self.finetune.plan(
             made.network,
@@ -101,7 +101,8 @@ class TrainLowEntropy(Step):
         return Plan(step=self, edits=tuple(edits), reasons=tuple(reasons), notes=tuple(notes))
 
     def _selected(self, folded: Network) -> dict[str, Tensor]:
-        """Weights of layers and their biases."""
+        """Weights of layers and their biases, by name, each with what its grid starts from: itself, or for a bias of
+        zeros its weight."""
         placement = place(
             folded.graph_module,
             floating=[i.name for i in folded.inputs if i.dtype.is_floating_point],
@@ -109,18 +110,21 @@ class TrainLowEntropy(Step):
             selected=lambda name: matches(self.where, name),
             activations=False,
         )
-        names = list(quantizable(folded, placement))
-        if not names:
-            raise RecipeError(
-                f"TrainLowEntropy finds no weights in {folded.name}",
-                hint=f"where={self.where!r} selects no layer with weights of its own",
-            )
-        tensors, found = folded.tensors(), list[str]()
+        names = quantizable(folded, placement)
+        tensors, found = folded.tensors(), dict[str, Tensor]()
         nodes = {n.name: n for n in folded.graph_module.graph.nodes}
         for layer in placement.layers:
-            if layer.parameter in names:
-                found += [str(layer.parameter), *_biases(nodes[layer.node], tensors)]
-        return {n: tensors[n].detach() for n in dict.fromkeys(found) if bool(tensors[n].any())}
+            if layer.parameter in names and bool(tensors[layer.parameter].any()):
+                weight = found[layer.parameter] = tensors[layer.parameter].detach()
+                for name in _biases(nodes[layer.node], tensors):
+                    bias = tensors[name].detach()
+                    found[name] = bias if bool(bias.any()) else weight
+        if not found:
+            raise RecipeError(
+                f"TrainLowEntropy finds no weights in {folded.name}",
+                hint=f"where={self.where!r} selects no layer with weights of its own that are not all zero",
+            )
+        return found
 
 
 def _biases(node: fx.Node, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -170,7 +174,7 @@ class _Watch:
         self._done = done
         epochs = cast(float, self._settings.finetune.epochs)  # type: ignore[attr-defined]
         epoch = int(done * epochs + 1e-9)
-        if epoch > self._epoch:
+        if epoch > self._epoch or done >= 1:
             self._epoch = epoch
             tensors = {n: p.detach().cpu().contiguous() for n, p in module.named_parameters()}
             weights = self._made.weights(tensors)
@@ -178,7 +182,9 @@ class _Watch:
             metric = self._metric(
                 {n: weights[n][0] if n in weights else tensors[n] for n in self._trained & set(tensors)}
             )
-            self.notes.append(f"epoch {epoch}: {_bytes(weights):,.0f} bytes of weights{metric}")
+            self.notes.append(
+                f"epoch {min(epochs, epoch + (done >= 1)):g}: {_bytes(weights):,.0f} bytes of weights{metric}"
+            )
 
     def _metric(self, values: Mapping[str, Tensor]) -> str:
         data, task = self._context.data, self._context.task

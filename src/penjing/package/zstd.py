@@ -44,8 +44,8 @@ def decompress(frame: bytes | memoryview, size: int, *, phrases: bool = False) -
 
 
 def _frame(data: bytes, level: int, phrases: bool = False) -> bytes:
-    plain = {"level": level, "write_content_size": False, "write_checksum": False}
-    return zstandard.ZstdCompressor(**plain, **_known(phrases)).compress(data)
+    known = _known(phrases)
+    return zstandard.ZstdCompressor(level=level, write_content_size=False, write_checksum=False, **known).compress(data)
 
 
 def _known(phrases: bool) -> dict[str, Any]:
