@@ -184,6 +184,7 @@ def test_public_names() -> None:
         "Step",
         "Target",
         "Task",
+        "TrainLowEntropy",
         "TrainQuantized",
         "__version__",
         "capture",

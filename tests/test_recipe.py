@@ -117,6 +117,7 @@ _INNER = {
     "SearchAmount": {"step": pj.PruneChannels(ratio=0.5), "floor": "accuracy>=-1%"},
     "MixPrecision": {"quantize": pj.Quantize(), "keep_bits": 4.0},
     "Regularize": {"step": pj.PruneChannels(ratio=0.5), "train": pj.Finetune()},
+    "TrainLowEntropy": {"finetune": pj.Finetune()},
     "TrainQuantized": {"finetune": pj.Finetune()},
 }
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SearchAmount,
         ShareWeights,
         Step,
+        TrainLowEntropy,
         TrainQuantized,
     )
     from penjing.network import Network, capture
@@ -62,6 +63,7 @@ _HOMES = {
     "Step": "penjing.methods",
     "Target": "penjing.runtimes",
     "Task": "penjing.task",
+    "TrainLowEntropy": "penjing.methods",
     "TrainQuantized": "penjing.methods",
     "capture": "penjing.network",
     "compress": "penjing.compression",
@@ -98,6 +100,7 @@ __all__ = [
     "Step",
     "Target",
     "Task",
+    "TrainLowEntropy",
     "TrainQuantized",
     "__version__",
     "capture",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from penjing.package import archive, decode, encode, inspect
+from penjing.package import archive, codecs, decode, encode, inspect
 
 FILE = Path(__file__).parent / "golden" / "tiny.penjing"
 ZSTD = (1, 5, 7)  # the release whose frames are in the file
@@ -53,7 +53,26 @@ def test_the_golden_package_uses_every_codec_of_note():
     assert digest == (FILE.parent / "tiny.sha256").read_text().strip()
 
 
+def sparse_contents():
+    """The same and ternary weights, most of them zero, in a part of their own kind; a topology of known phrases."""
+    bits = np.frombuffer(hashlib.shake_256(b"sparse").digest(40_000), dtype=np.uint8).reshape(200, 200).astype(np.int64)
+    columns = bits[0] // 8
+    ternary = np.where(bits < columns, 1 - 2 * (bits % 2), 0).astype(np.int8)
+    return '{"graph":[["get_attr","_1_weight","1.weight"]]}', {"1.weight": ternary}, {}
+
+
 @pytest.mark.skipif(zstandard.ZSTD_VERSION != ZSTD, reason="frames of another zstd release")
-def test_the_golden_package_is_written():
+@pytest.mark.parametrize(("file", "contents"), [("tiny", contents), ("sparse", sparse_contents)])
+def test_golden_packages_are_written(file, contents):
     topology, arrays, metadata = contents()
-    assert encode(topology, arrays, metadata=metadata) == FILE.read_bytes()
+    assert encode(topology, arrays, metadata=metadata) == (FILE.parent / f"{file}.penjing").read_bytes()
+
+
+def test_the_golden_sparse_package_is_read(equal):
+    topology, arrays, _ = sparse_contents()
+    file = FILE.parent / "sparse.penjing"
+    got = decode(file.read_bytes())
+    assert got[0] == topology and equal(got[1], arrays)
+    assert inspect(file).tensors[0].codec == "sparse"
+    _, index, _ = archive.open_bytes(file.read_bytes())
+    assert codecs.NAMES[index.topology.codec] == "phrases"

@@ -16,6 +16,7 @@ from penjing.methods.quantize import Quantize
 from penjing.methods.regularize import Regularize
 from penjing.methods.search_amount import SearchAmount
 from penjing.methods.share_weights import ShareWeights
+from penjing.methods.train_low_entropy import TrainLowEntropy
 from penjing.methods.train_quantized import TrainQuantized
 from penjing.recipe import Plan, Recipe, Step
 
@@ -37,5 +38,6 @@ __all__ = [
     "SearchAmount",
     "ShareWeights",
     "Step",
+    "TrainLowEntropy",
     "TrainQuantized",
 ]

@@ -54,7 +54,8 @@ class Finetune(Step):
     teacher is followed, which needs no labels at all. `hints` weighs a further term: the mean relative squared
     error at the residual sums that both networks have (Romero et al. 2015, "FitNets", without adapters), at most
     eight of them, in the channels that are still there: those that correlate. Weights that an earlier step masked
-    stay zero; of weights that share levels the levels train. `augment="flip-crop"` varies images. The norms'
+    stay zero; of weights that share levels the levels train. `augment` varies images: "flip-crop" as is usual for
+    photographs, "affine" (turned, scaled and shifted a little) for what must not be mirrored, digits say. The norms'
     statistics follow the training samples; with `where`, only tensors it selects change. `precision="bf16"`
     multiplies in bfloat16: about twice as fast on processors that have it, slower on others. `average` (0.998, say)
     gives the exponential average of the weights over the steps instead of the last ones.
@@ -128,7 +129,7 @@ class Finetune(Step):
         teacher = taught.module() if self.teacher else None
         fast = _channels_last(data, student, *([teacher] if teacher else []))
         batches = self._batches(data, teacher, context, fast)
-        loss = self._loss(network, context, teacher, sums)
+        loss = _with_penalty(self._loss(network, context, teacher, sums), context.penalty)
         learned = set(network.parameter_names)
         monitor = None
         if held is not None:
@@ -159,7 +160,7 @@ class Finetune(Step):
             ),
             steps_per_epoch=_count_batches(data, self.batch_size),
             keep={n: m for n, m in network.masks.items() if n in learned},
-            rates=_rates(network),
+            rates={**_rates(network), **context.rates},
             frozen=lambda name: not matches(self.where, name),
             companions=(teacher,) if teacher is not None else (),
             after_step=context.after_step,
@@ -298,6 +299,12 @@ class Finetune(Step):
 
 def _row(values: list[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _with_penalty(
+    loss: Callable[[nn.Module, Batch], Tensor], penalty: Callable[[nn.Module], Tensor] | None
+) -> Callable[[nn.Module, Batch], Tensor]:
+    return loss if penalty is None else lambda module, batch: loss(module, batch) + penalty(module)
 
 
 def _rates(network: Network) -> dict[str, float]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from penjing.errors import InputError, PackageError
 from penjing.files import appearing
-from penjing.package import codecs, grids, layout, zstd
+from penjing.package import codecs, grids, layout
 from penjing.package.layout import HEADER_SIZE, Header, Index, Part
 from penjing.package.pieces import CODES, Tensor, divide, spec
 from penjing.progress import SILENT, Progress
@@ -61,8 +61,7 @@ def encode(
     _keep_honest(parts, payloads, flat, sum(t.nbytes for t in tensors) + len(text))
     if not any(part.codec == codecs.GRID for part in parts):
         models = ()
-    frame = zstd.compress(text) or text
-    codec, frame = (codecs.ZSTD, frame) if len(frame) < len(text) else (codecs.STORED, text)
+    codec, frame = codecs.encode_text(text)
     index = Index(
         tensors=tensors,
         topology=Part(codec=codec, stored=len(frame), digest=_sha256(frame), pieces=()),
@@ -176,9 +175,7 @@ def _names(index: Index, part: Part) -> str:
 
 
 def _topology(index: Index, payload: memoryview) -> str:
-    raw = bytes(payload)
-    if index.topology.codec == codecs.ZSTD:
-        raw = zstd.decompress(payload, index.topology_raw)
+    raw = codecs.decode_text(index.topology.codec, payload, index.topology_raw)
     try:
         if len(raw) != index.topology_raw:
             raise PackageError("the topology has another length than declared", hint="get the package again")

@@ -1,6 +1,7 @@
 """The codecs of parts, by number. A new coder takes the next number; older readers refuse a number they do not know.
 
 0 stored: the pieces' little-endian bytes. 1 zstd: one frame of the same. 2 grids: grids.py. 3 planes: planes.py.
+4 sparse: sparse.py. 5 phrases: zstd that may point into phrases.txt; of texts, the topology.
 """
 
 from __future__ import annotations
@@ -11,14 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penjing.errors import PackageError
-from penjing.package import grids, planes, zstd
+from penjing.package import grids, planes, sparse, zstd
 from penjing.package.models import Model
 from penjing.package.pieces import GRIDS, Spec
 
-STORED, ZSTD, GRID, PLANES = range(4)
-NAMES = ("stored", "zstd", "grids", "planes")
+STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES = range(6)
+NAMES = ("stored", "zstd", "grids", "planes", "sparse", "phrases")
 
 Array = NDArray[np.generic]
+
+
+def encode_text(text: bytes) -> tuple[int, bytes]:
+    """The codec that makes a text smallest, and its bytes."""
+    forms = [(STORED, text), (ZSTD, zstd.compress(text)), (PHRASES, zstd.compress(text, phrases=True))]
+    return min(((codec, data) for codec, data in forms if data is not None), key=lambda form: len(form[1]))
+
+
+def decode_text(codec: int, payload: memoryview, size: int) -> bytes:
+    """The `size` bytes of a text; raises PackageError for bytes that no writer makes."""
+    return bytes(payload) if codec == STORED else zstd.decompress(payload, size, phrases=codec == PHRASES)
 
 
 def encode(
@@ -30,6 +42,10 @@ def encode(
     if assigned is not None:
         wanted = [grids.Grid(values=grids.symbols(a), unit=s.unit) for a, s in zip(arrays, specs, strict=True)]
         forms.append((GRID, grids.encode(wanted, assigned, models)))
+        sheets = [sparse.Sheet(values=g.values, row=s.row) for g, s in zip(wanted, specs, strict=True)]
+        if sparse.worthwhile(sheets):
+            coded = sparse.encode(sheets, worth=min(len(data) for _, data in forms))
+            forms += [] if coded is None else [(SPARSE, coded)]
     else:
         forms.append((PLANES, planes.encode(arrays)))
     frame = zstd.compress(raw, worth=min(len(data) for _, data in forms))
@@ -40,18 +56,19 @@ def encode(
 
 def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[Model]) -> list[Array]:
     """The flat little-endian arrays of a part's pieces; raises PackageError for bytes that no writer makes."""
-    if codec == GRID:
+    if codec in (GRID, SPARSE):
         _only_grids(specs)
         out: list[Array] = []
-        for values, spec in zip(grids.decode(payload, _sizes(specs), models), specs, strict=True):
+        found = grids.decode(payload, _sizes(specs), models) if codec == GRID else sparse.decode(payload, _rows(specs))
+        for values, spec in zip(found, specs, strict=True):
             out.append((values ^ 0x80).view(np.int8) if spec.code == "b" else values)
     elif codec == PLANES:
         out = planes.decode(payload, specs)
     else:
         raw: bytes | memoryview = payload
         size = sum(s.nbytes for s in specs)
-        if codec == ZSTD:
-            raw = zstd.decompress(payload, size)
+        if codec != STORED:
+            raw = zstd.decompress(payload, size, phrases=codec == PHRASES)
         if len(raw) != size:
             raise PackageError(f"a stored part holds {len(raw)} bytes instead of {size}", hint="get the package again")
         out, at = [], 0
@@ -68,10 +85,13 @@ def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[
 
 
 def shares(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[Model]) -> list[float]:
-    """Relative sizes of the pieces inside a part; nothing is decoded for it."""
+    """Relative sizes of the pieces inside a part; nothing is decoded for it, but for sparse grids."""
     if codec == GRID:
         _only_grids(specs)
         return grids.shares(payload, _sizes(specs), models)
+    if codec == SPARSE:
+        _only_grids(specs)
+        return sparse.shares(payload, _rows(specs))
     if codec == PLANES:
         return planes.shares(payload, specs)
     return [float(s.nbytes) for s in specs]
@@ -79,6 +99,10 @@ def shares(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[
 
 def _sizes(specs: list[Spec]) -> list[tuple[int, int]]:
     return [(s.size, s.unit) for s in specs]
+
+
+def _rows(specs: list[Spec]) -> list[tuple[int, int]]:
+    return [(s.size, s.row) for s in specs]
 
 
 def _only_grids(specs: list[Spec]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from penjing.errors import InputError, PackageError
 from penjing.package import zstd
-from penjing.package.codecs import NAMES, STORED, ZSTD
+from penjing.package.codecs import NAMES, PHRASES, STORED, ZSTD
 from penjing.package.models import Model, pack_models, unpack_models
 from penjing.package.pieces import CODES, MAX_PART, Piece, Tensor, in_part_order
 
@@ -233,7 +233,7 @@ def fits(shape: list[int]) -> bool:
 
 def _topology(front: dict[str, Any], digest: bytes) -> tuple[Part, int]:
     values = _naturals(_field(front, "topology", list), "'topology'")
-    if len(values) != 3 or values[0] not in (STORED, ZSTD):
+    if len(values) != 3 or values[0] not in (STORED, ZSTD, PHRASES):
         _bad_index("'topology' is not understood")
     codec, stored, raw = values
     return Part(codec=codec, stored=stored, digest=digest, pieces=()), raw

@@ -120,10 +120,14 @@ class Encoder:
     def __init__(self) -> None:
         self._coder: Any = constriction.stream.stack.AnsCoder()
 
-    def push(self, symbols: NDArray[Any], weights: NDArray[np.int64]) -> None:
+    def push(self, symbols: NDArray[Any], weights: NDArray[np.int64] | Floats) -> None:
         """Adds `symbols` (indices into `weights`), to be popped in the same order by one `Decoder.pop`."""
         if len(symbols) and len(weights) > 1:
             self._coder.encode_reverse(symbols.astype(np.int32), _categorical(weights))
+
+    def push_flags(self, flags: NDArray[np.int32], chances: Floats) -> None:
+        """Adds truth values, each with its own chance of being one; popped by one `Decoder.pop_flags`."""
+        self._coder.encode_reverse(flags, _FLAG, chances)
 
     def words(self) -> bytes:
         """The stack as little-endian 32-bit words."""
@@ -139,11 +143,16 @@ class Decoder:
         array = np.frombuffer(words, dtype="<u4").astype(np.uint32)
         self._coder: Any = guarded(lambda: constriction.stream.stack.AnsCoder(array), "an entropy-coded stream")
 
-    def pop(self, count: int, weights: NDArray[np.int64]) -> NDArray[np.int32]:
+    def pop(self, count: int, weights: NDArray[np.int64] | Floats) -> NDArray[np.int32]:
         """The next `count` symbols."""
         if count == 0 or len(weights) == 1:
             return np.zeros(count, dtype=np.int32)
         decoded = guarded(lambda: self._coder.decode(_categorical(weights), count), "an entropy-coded stream")
+        return np.asarray(decoded, dtype=np.int32)
+
+    def pop_flags(self, chances: Floats) -> NDArray[np.int32]:
+        """The next truth values, one for each of `chances`."""
+        decoded = guarded(lambda: self._coder.decode(_FLAG, chances), "an entropy-coded stream")
         return np.asarray(decoded, dtype=np.int32)
 
     def finish(self) -> None:
@@ -152,7 +161,11 @@ class Decoder:
             raise _damaged("an entropy-coded stream")
 
 
-def _categorical(weights: NDArray[np.int64]) -> Any:
+#: Of two outcomes; the chance of the second comes with each of them.
+_FLAG = constriction.stream.model.Bernoulli(perfect=False)
+
+
+def _categorical(weights: NDArray[np.int64] | Floats) -> Any:
     return constriction.stream.model.Categorical(weights.astype(np.float64), perfect=False)
 
 

@@ -42,8 +42,12 @@ class Tensor:
     @property
     def unit(self) -> int:
         """Number of neighbouring elements that share a symbol model: whole rows (first axis), at least 64 elements."""
-        row = max(1, math.prod(self.shape[1:]))
-        return row * -(-_UNIT // row) if len(self.shape) > 1 else max(_UNIT, self.size)
+        return self.row * -(-_UNIT // self.row) if len(self.shape) > 1 else max(_UNIT, self.size)
+
+    @property
+    def row(self) -> int:
+        """Number of elements of a row: of one index of the first axis."""
+        return max(1, math.prod(self.shape[1:]) if len(self.shape) > 1 else self.size)
 
     @property
     def is_grid(self) -> bool:
@@ -62,11 +66,13 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What a codec must know of a piece: element type, number of elements, elements that share a symbol model."""
+    """What a codec must know of a piece: element type, number of elements, elements that share a symbol model, and
+    elements of a row (first axis)."""
 
     code: str
     size: int
     unit: int
+    row: int
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -82,7 +88,7 @@ class Spec:
 def spec(tensors: Sequence[Tensor], piece: Piece) -> Spec:
     """The Spec of a piece."""
     tensor = tensors[piece.tensor]
-    return Spec(code=tensor.code, size=piece.stop - piece.start, unit=tensor.unit)
+    return Spec(code=tensor.code, size=piece.stop - piece.start, unit=tensor.unit, row=tensor.row)
 
 
 def in_part_order(tensors: Sequence[Tensor]) -> list[int]:

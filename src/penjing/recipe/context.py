@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
 
 from penjing.data import Data
 from penjing.network import Network
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a planner may look at besides the network: the original network, samples, the task, the seed; what a
-    Step that trains is to do after each training step; and where its checkpoints and curves are kept, if anywhere.
+    Step that trains is to do besides: `after_step` after each training step, `penalty` of the module in training added
+    to each loss, `rates` factors of the learning rates of single parameters; and where its checkpoints and curves are
+    kept, if anywhere.
     """
 
     original: Network
@@ -28,3 +33,5 @@ class Context:
     progress: Progress = SILENT
     after_step: AfterStep | None = None
     trainings: Trainings | None = None
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
