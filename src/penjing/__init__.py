@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from penjing.errors import PenjingError
     from penjing.evaluation import Report, Sensitivity, evaluate, sensitivity
     from penjing.methods import (
+        Distill,
         Equalize,
         Finetune,
         Gradually,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bundle": "penjing.deployment",
+    "Distill": "penjing.methods",
     "Equalize": "penjing.methods",
     "Finetune": "penjing.methods",
     "Gradually": "penjing.methods",
@@ -70,6 +72,7 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "Distill",
     "Equalize",
     "Finetune",
     "Gradually",

@@ -36,8 +36,8 @@ def shared_sums(one: Network, other: Network, inputs: Any, *, most: int) -> dict
     None for those of one shape. Where `one` has fewer channels, (dimension, the channels of `other` that are most like
     its own on `inputs`): by correlation, each taken once. Left out is what has no such likeness.
     """
-    names = [n.name for n in one.graph_module.graph.nodes if _is_sum(n)]
-    also = {n.name for n in other.graph_module.graph.nodes if _is_sum(n)}
+    names = [n.name for n in one.graph_module.graph.nodes if is_sum(n)]
+    also = {n.name for n in other.graph_module.graph.nodes if is_sum(n)}
     names = [n for n in names if n in also]
     values = [exposing(network, names).run(inputs)[len(network.output_names) :] for network in (one, other)]
     found: dict[str, tuple[int, Tensor] | None] = {}
@@ -65,6 +65,7 @@ def _alike(a: Tensor, b: Tensor) -> tuple[int, Tensor] | None:
     return dims[0], torch.as_tensor(theirs)
 
 
-def _is_sum(node: fx.Node) -> bool:
+def is_sum(node: fx.Node) -> bool:
+    """Whether a value is the sum of two activations, as in a residual stream."""
     operands = node.args[:2]
     return node.target in _SUMS and all(isinstance(a, fx.Node) and a.op == "call_function" for a in operands)

@@ -2,6 +2,7 @@
 from here.
 """
 
+from penjing.methods.distill import Distill
 from penjing.methods.equalize import Equalize
 from penjing.methods.finetune import Finetune
 from penjing.methods.gradually import Gradually
@@ -18,6 +19,7 @@ from penjing.methods.train_quantized import TrainQuantized
 from penjing.recipe import Plan, Recipe, Step
 
 __all__ = [
+    "Distill",
     "Equalize",
     "Finetune",
     "Gradually",

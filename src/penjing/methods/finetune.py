@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from penjing.analysis.expose import exposing, shared_sums
-from penjing.data import Data, concatenate
+from penjing.data import Data
 from penjing.errors import DataError, RecipeError
-from penjing.network import Network, SetWeights
-from penjing.progress import Progress
-from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.network import Network
+from penjing.recipe import Context, Plan, matches, step
+from penjing.recipe.lessons import (
+    LearningStep,
+    channels_last,
+    count_batches,
+    fits_in_memory,
+    laid_out,
+    learned,
+    lessons,
+    rates_of,
+    require_trainable,
+    size_of,
+    slices,
+)
 from penjing.task import class_dimension, primary
 from penjing.tensors.distillation import matching, soft_labels
-from penjing.training import AUGMENTATIONS, OPTIMIZERS, PRECISIONS, Batch, Trained, Training, augment, call, train
+from penjing.training import Batch, augment, call, train
 
-#: The teacher's answers are kept, instead of asked for every epoch, while samples and answers stay below this.
-_CACHE_BYTES = 2 << 30
 #: At most so many residual sums are compared: each takes as long as a layer, and neighbours say nearly the same.
 _MOST_HINTS = 8
 #: Samples on which channels of student and teacher are compared.
@@ -31,7 +40,7 @@ _LIKENESS_SAMPLES = 64
 
 @step
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Step):
+class Finetune(LearningStep):
     """Train the selected parameters for `epochs` passes (a fraction is fine) over the data.
 
     `teacher="original"` adds the answers of the network that the recipe started from as soft labels at
@@ -45,42 +54,24 @@ class Finetune(Step):
     gives the exponential average of the weights over the steps instead of the last ones.
     """
 
-    learns: ClassVar[bool] = True
-
-    epochs: float = 2
-    lr: float = 0.01
     teacher: str | None = None
     temperature: float = 4.0
     alpha: float = 0.9
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    weight_decay: float = 5e-4
-    augment: str | None = None
     hints: float = 0.0
-    precision: str = "f32"
-    average: float = 0.0
 
     def __post_init__(self) -> None:
-        infinity = float("inf")
-        self.require_between("epochs", 0, infinity, open_low=True)
-        self.require_between("lr", 0, infinity, open_low=True)
+        super().__post_init__()
         self.require_one_of("teacher", (None, "original"))
-        self.require_between("temperature", 0, infinity, open_low=True)
+        self.require_between("temperature", 0, float("inf"), open_low=True)
         self.require_between("alpha", 0, 1)
-        self.require_between("batch_size", 1, infinity)
-        self.require_one_of("optimizer", tuple(OPTIMIZERS))
-        self.require_between("weight_decay", 0, infinity)
-        self.require_one_of("augment", (None, *AUGMENTATIONS))
-        self.require_between("hints", 0, infinity)
-        self.require_between("average", 0, 1, open_high=True)
-        self.require_one_of("precision", PRECISIONS)
+        self.require_between("hints", 0, float("inf"))
         if self.hints and self.teacher is None:
             raise RecipeError("Finetune.hints needs a teacher to take them from", hint="teacher: original")
 
     def plan(self, network: Network, context: Context) -> Plan:
         """Trains a copy; the Plan holds the new values of every tensor that changed."""
         self.check(context)
-        self._fits(network)
+        require_trainable(self, network, self.batch_size)
         data = cast(Data, context.data)
         looked_at, taught = network, context.original
         sums: dict[str, tuple[int, Tensor] | None] = {}
@@ -95,33 +86,25 @@ class Finetune(Step):
             looked_at, taught = exposing(network, list(sums)), exposing(context.original, list(sums))
         student = looked_at.module()
         teacher = taught.module() if self.teacher else None
-        fast = _channels_last(data, student, *([teacher] if teacher else []))
+        fast = channels_last(data, student, *([teacher] if teacher else []))
         batches, known_answers = self._batches(data, teacher, context, fast)
         loss = self._loss(network, context, None if known_answers else teacher, sums)
-        learned = set(network.parameter_names)
+        own = set(network.parameter_names)
         trained = train(
             student,
             batches,
             loss,
-            Training(
-                epochs=self.epochs,
-                lr=self.lr,
-                optimizer=self.optimizer,
-                weight_decay=self.weight_decay,
-                seed=context.seed,
-                precision=self.precision,
-                average=self.average,
-            ),
-            steps_per_epoch=_count_batches(data, self.batch_size),
-            keep={n: m for n, m in network.masks.items() if n in learned},
-            rates=_rates(network),
+            self.training(context.seed),
+            steps_per_epoch=count_batches(data, self.batch_size),
+            keep={n: m for n, m in network.masks.items() if n in own},
+            rates=rates_of(network),
             frozen=lambda name: not matches(self.where, name),
             companions=(teacher,) if teacher is not None else (),
             after_step=context.after_step,
             progress=context.progress,
             description=f"fine-tuning {network.name}",
         )
-        return self._result(network, student, trained)
+        return learned(self, network, student, trained)
 
     def check(self, context: Context) -> None:
         """Training needs samples, and labels with a task unless a teacher is followed."""
@@ -141,23 +124,6 @@ class Finetune(Step):
                     hint="give labelled samples, or learn without labels by teacher: original",
                 )
 
-    def _fits(self, network: Network) -> None:
-        if network.has_integer_grids:
-            raise RecipeError(
-                "Finetune cannot train a network that is already quantized", hint="put Finetune before Quantize"
-            )
-        if not network.batch_is_dynamic and network.inputs[0].shape[0] != self.batch_size:
-            fixed = network.inputs[0].shape[0]
-            raise RecipeError(
-                f"Finetune.batch_size must be {fixed}, got {self.batch_size}: {network.name} takes no other number",
-                hint="capture the network with a batch size that may change",
-            )
-        if not any(matches(self.where, name) for name in network.parameter_names):
-            raise RecipeError(
-                f"Finetune.where selects no parameter, got {self.where!r}",
-                hint=f"for example where={next(iter(network.parameter_names), '*')!r}",
-            )
-
     def _batches(
         self, data: Data, teacher: nn.Module | None, context: Context, fast: bool
     ) -> tuple[Callable[[int], Iterator[Batch]], bool]:
@@ -171,23 +137,28 @@ class Finetune(Step):
             and not self.hints
             and self.epochs > 1
             and free
-            and _fits_in_memory(data)
+            and fits_in_memory(data)
         ):
-            cached = _answers(data, teacher, fast, context.progress)
+
+            def ask(inputs: Any) -> Tensor:
+                return primary(call(teacher, laid_out(inputs, fast)))
+
+            inputs, labels, (answer,) = lessons(data, [ask], context.progress)
+            cached = inputs, labels, answer
 
         def of_epoch(epoch: int) -> Iterator[Batch]:
             generator = torch.Generator().manual_seed(seed * 7919 + epoch)
             whole = (
-                _slices(cached, self.batch_size, generator)
+                slices(cached, self.batch_size, generator)
                 if cached is not None
                 else ((x, y, None) for x, y in data.batches(self.batch_size, shuffle=True, seed=seed * 7919 + epoch))
             )
             for number, (inputs, labels, answer) in enumerate(whole):
-                if (number and _size(inputs) == 1) or (not free and _size(inputs) != self.batch_size):
+                if (number and size_of(inputs) == 1) or (not free and size_of(inputs) != self.batch_size):
                     continue  # one sample has no variance: it would spoil the statistics of batch norms
                 if self.augment is not None:
                     inputs = pytree.tree_map(lambda x: augment(x, self.augment or "", generator), inputs)
-                yield _laid_out(inputs, fast), labels, answer
+                yield laid_out(inputs, fast), labels, answer
 
         return of_epoch, cached is not None
 
@@ -231,104 +202,7 @@ class Finetune(Step):
 
         return loss
 
-    def _result(self, network: Network, student: nn.Module, trained: Trained) -> Plan:
-        before = network.tensors()
-        after = {**dict(student.named_parameters()), **dict(student.named_buffers())}
-        edits, reasons = [], []
-        for name, old in before.items():
-            new = after[name].detach().contiguous() if name in after else old
-            if not old.is_floating_point() or not matches(self.where, name) or torch.equal(new, old):
-                continue
-            edits.append(SetWeights(parameter=name, value=new.clone(memory_format=torch.contiguous_format)))
-            moved = float((new - old.detach()).norm() / old.detach().norm().clamp_min(1e-12))
-            reasons.append(Reason(layer=name, score=moved, choice="trained", why="relative change"))
-        losses = ", ".join(f"{value:.4g}" for value in trained.losses)
-        return Plan(
-            step=self,
-            edits=tuple(edits),
-            reasons=tuple(reasons),
-            notes=(f"{trained.steps} steps; mean loss by tenths: {losses}",),
-        )
-
-
-def _rates(network: Network) -> dict[str, float]:
-    """Learning rates of shared levels: a level's gradient is the sum of as many as share it, which grows at least as
-    fast as the root of their number."""
-    tensors = network.tensors()
-    return {
-        name: math.sqrt(tensors[name].numel() / max(1, tensors[book.codes].numel()))
-        for book in network.shared_levels().values()
-        for name in (book.scale or book.levels,)
-    }
-
 
 def _like(told: Tensor, channels: tuple[int, Tensor] | None) -> Tensor:
     """What a teacher gives, in the channels that its student has."""
     return told if channels is None else told.index_select(channels[0], channels[1].to(told.device))
-
-
-def _count_batches(data: Data, batch_size: int) -> int:
-    try:
-        samples = len(data)
-    except TypeError:
-        return sum(1 for _ in data.batches(batch_size))
-    first = _size(next(data.batches(batch_size))[0])
-    return max(1, math.ceil(samples / first))
-
-
-def _size(inputs: Any) -> int:
-    return len(next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)))
-
-
-def _fits_in_memory(data: Data) -> bool:
-    try:
-        samples = len(data)
-    except TypeError:
-        return False
-    inputs = next(data.batches(1, limit=1))[0]
-    return samples * sum(t.nbytes for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)) < _CACHE_BYTES
-
-
-def _answers(data: Data, teacher: nn.Module, fast: bool, progress: Progress) -> Batch:
-    """All samples, their labels and the teacher's answers, in order."""
-    parts: list[Batch] = []
-    with torch.no_grad(), progress.task("asking the teacher", None) as advance:
-        for inputs, labels in data.batches(100):
-            parts.append((inputs, labels, primary(call(teacher, _laid_out(inputs, fast)))))
-            advance(_size(inputs))
-    labels = None if any(p[1] is None for p in parts) else concatenate(p[1] for p in parts)
-    return concatenate(p[0] for p in parts), labels, concatenate(p[2] for p in parts)
-
-
-def _slices(whole: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-    order = torch.randperm(_size(whole[0]), generator=generator)
-    for chosen in torch.split(order, batch_size):
-        yield pytree.tree_map(lambda x, chosen=chosen: x[chosen] if isinstance(x, Tensor) else x, whole)
-
-
-def _channels_last(data: Data, *modules: nn.Module) -> bool:
-    """Lay convolutional networks out as channels-last, which CPUs run faster, if their graphs can be run that way."""
-    inputs = next(data.batches(2, limit=2))[0]
-    if not any(isinstance(x, Tensor) and x.ndim == 4 for x in pytree.tree_leaves(inputs)):
-        return False
-    if any(t.ndim == 5 for module in modules for t in module.state_dict().values()):
-        return False  # volumes have a layout of their own
-    for module in modules:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        with torch.no_grad():
-            for module in modules:
-                call(module, _laid_out(inputs, True))
-    except RuntimeError:  # a view in the graph that wants rows
-        for module in modules:
-            module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        return False
-    return True
-
-
-def _laid_out(inputs: Any, fast: bool) -> Any:
-    def there(value: Any) -> Any:
-        four = isinstance(value, Tensor) and value.ndim == 4
-        return value.contiguous(memory_format=torch.channels_last) if four else value
-
-    return pytree.tree_map(there, inputs) if fast else inputs

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from penjing.data import Data
+from penjing.errors import RecipeError
 from penjing.network import Network
 from penjing.progress import SILENT, Progress
+from penjing.registry import did_you_mean
 from penjing.task import Task
 from penjing.training import AfterStep
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a planner may look at besides the network: the original network, samples, the task, the seed; and what a
-    Step that trains is to do after each training step.
+    """What a planner may look at besides the network: the original network, samples, the task, the seed; other
+    networks by the names that Steps know them by; and what a Step that trains is to do after each training step.
     """
 
     original: Network
@@ -23,3 +26,13 @@ class Context:
     seed: int = 0
     progress: Progress = SILENT
     after_step: AfterStep | None = None
+    teachers: Mapping[str, tuple[Network, ...]] = field(default_factory=dict)
+
+    def networks(self, name: str, place: str) -> tuple[Network, ...]:
+        """The networks that a Step calls `name`: "original", or those given under it; raises RecipeError that begins
+        with `place` if there are none."""
+        known = {"original": (self.original,), **self.teachers}
+        if name not in known:
+            hint = did_you_mean(name, known) if self.teachers else f"compress(..., teachers={{{name!r}: network}})"
+            raise RecipeError(f"{place}: no network called {name!r} was given", hint=hint)
+        return known[name]

@@ -33,6 +33,7 @@ _NAMES = {
     "settings": "settings",
     "network": "network",
     "original": "original network",
+    "teachers": "teachers",
     "task": "task",
     "data": "samples",
     "seed": "seed",
@@ -51,8 +52,9 @@ class Rounds:
         self.folder, self._step = Path(folder), step
         run = {
             "settings": {step.name: step.done()},
-            "network": _network_digest(network),
-            "original": _network_digest(context.original),
+            "network": network_digest(network),
+            "original": network_digest(context.original),
+            "teachers": {name: [network_digest(n) for n in held] for name, held in context.teachers.items()},
             "task": context.task.name if context.task else None,
             "data": None if context.data is None else _data_digest(context.data, context.seed),
             "seed": context.seed,
@@ -104,7 +106,7 @@ class Rounds:
         return {int(number): file for number, file in files.items() if number.isdecimal()}
 
 
-def _network_digest(network: Network) -> str:
+def network_digest(network: Network) -> str:
     """SHA-256 of graph and tensors. What happened to it before does not matter."""
     topology, arrays = network.replace(history=()).state()
     found = hashlib.sha256(topology.encode())
