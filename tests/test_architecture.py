@@ -163,6 +163,7 @@ def test_public_names() -> None:
         "Distill",
         "Equalize",
         "Finetune",
+        "FuseWeights",
         "Gradually",
         "MixPrecision",
         "Network",

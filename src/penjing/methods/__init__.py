@@ -5,6 +5,7 @@ from here.
 from penjing.methods.distill import Distill
 from penjing.methods.equalize import Equalize
 from penjing.methods.finetune import Finetune
+from penjing.methods.fuse_weights import FuseWeights
 from penjing.methods.gradually import Gradually
 from penjing.methods.mix_precision import MixPrecision
 from penjing.methods.prune_channels import PruneChannels
@@ -22,6 +23,7 @@ __all__ = [
     "Distill",
     "Equalize",
     "Finetune",
+    "FuseWeights",
     "Gradually",
     "MixPrecision",
     "Plan",
