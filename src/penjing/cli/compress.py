@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from penjing.cli import options
-from penjing.cli.models import load_network
+from penjing.cli.models import load_network, load_teachers
 from penjing.cli.outputs import output_folder
 from penjing.cli.screen import Screen
 from penjing.cli.sensitivity import curves_for
@@ -36,6 +36,7 @@ def compress(
         ),
     ] = None,
     target: options.Targets = None,
+    teacher: options.Teachers = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="The folder to write; without it, NAME-compressed.")
     ] = None,
@@ -71,6 +72,7 @@ def compress(
     samples = load_data(data)
     held_out = load_data(test) if test else None
     network = load_network(model, data=samples)
+    teachers = load_teachers(teacher or [], data=samples)
     folder = output_folder(out or f"{network.name}-compressed")
     if recipe is None:
         why = (
@@ -85,7 +87,9 @@ def compress(
     curves = None
     if sensitivity:
         curves = curves_for(steps, network, samples, goal, cache=cache, seed=seed, screen=screen)
-    result = pj.compress(network, steps, data=samples, task=goal, test=held_out, seed=seed, progress=screen)
+    result = pj.compress(
+        network, steps, data=samples, task=goal, test=held_out, seed=seed, teachers=teachers, progress=screen
+    )
     report = pj.evaluate(
         result.network,
         held_out or samples,
