@@ -160,9 +160,11 @@ def test_public_names() -> None:
     assert penjing.__all__ == sorted(penjing.__all__)
     assert set(penjing.__all__) == {
         "Bundle",
+        "Distill",
         "Equalize",
         "Factorize",
         "Finetune",
+        "FuseWeights",
         "Gradually",
         "MergeFactors",
         "MixPrecision",

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from penjing.errors import PenjingError
     from penjing.evaluation import Report, Sensitivity, evaluate, sensitivity
     from penjing.methods import (
+        Distill,
         Equalize,
         Factorize,
         Finetune,
+        FuseWeights,
         Gradually,
         MergeFactors,
         MixPrecision,
@@ -39,9 +41,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bundle": "penjing.deployment",
+    "Distill": "penjing.methods",
     "Equalize": "penjing.methods",
     "Factorize": "penjing.methods",
     "Finetune": "penjing.methods",
+    "FuseWeights": "penjing.methods",
     "Gradually": "penjing.methods",
     "MergeFactors": "penjing.methods",
     "MixPrecision": "penjing.methods",
@@ -76,9 +80,11 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "Distill",
     "Equalize",
     "Factorize",
     "Finetune",
+    "FuseWeights",
     "Gradually",
     "MergeFactors",
     "MixPrecision",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def compress(
     task: str | Task | None = None,
     test: Any = None,
     seed: int = 0,
+    teachers: Mapping[str, Network | Sequence[Network]] | None = None,
     resume: str | Path | None = None,
     trackers: Sequence[str] = (),
     progress: Progress = SILENT,
@@ -55,6 +56,7 @@ def compress(
     `data`: samples to calibrate, reconstruct and train with (labels are looked at only if `task` is given). `test`:
     samples to take the metric before and after each step with; without them nothing is measured in between. Neither
     `network` nor any object of the caller's is changed. The same seed gives the same result on the same machine.
+    `teachers`: further networks (or several together) by the names that Steps know them by; "original" is `network`.
 
     `resume` names a folder in which everything that is reached is kept: Steps that are done, and trainings under way.
     A run that was killed at any moment and is started again, with the same network, recipe, samples, task and seed,
@@ -81,7 +83,9 @@ def compress(
     if trackers and resume is None:
         raise InputError("trackers need a folder to write to, and resume names none", hint="for example resume='run'")
     require_trackers(trackers)
-    context = Context(original=network, data=samples, task=known, seed=seed, progress=progress)
+    context = Context(
+        original=network, data=samples, task=known, seed=seed, progress=progress, teachers=_named(teachers or {})
+    )
     for number, step in enumerate(recipe, 1):
         with _naming(number, step):
             step.check(context)
@@ -114,6 +118,21 @@ def compress(
         )
         before = after
     return Result(network=current, original=network, recipe=recipe, plans=tuple(plans), steps=tuple(rows), seed=seed)
+
+
+def _named(teachers: Mapping[str, Network | Sequence[Network]]) -> dict[str, tuple[Network, ...]]:
+    """Every name's networks; "original" and "self" are taken."""
+    named: dict[str, tuple[Network, ...]] = {}
+    for name, given in teachers.items():
+        held = (given,) if isinstance(given, Network) else tuple(given) if isinstance(given, Sequence) else (given,)
+        wrong = next((n for n in held if not isinstance(n, Network)), None)
+        if wrong is not None or not held:
+            got = "nothing" if not held else type(wrong).__name__
+            raise InputError(f"teacher {name!r} must be a Network or several, got {got}", hint="capture it first")
+        if name in ("original", "self"):
+            raise InputError(f"a teacher cannot be called {name!r}: that is taken", hint="give it another name")
+        named[str(name)] = held
+    return named
 
 
 def _refuse_other_precisions(network: Network) -> None:

@@ -70,6 +70,20 @@ def test_compress_then_everything_else(penjing, desk, quantize):
 
 
 @pytest.mark.slow
+def test_a_teacher_of_another_name(penjing, desk):
+    with (desk / "net.py").open("a") as file:
+        file.write("\n\ndef small():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))\n")
+    (desk / "recipe.yaml").write_text("steps:\n  - Distill: {teacher: big, epochs: 1}\n")
+    asked = ("--recipe", "recipe.yaml", "--task", "classification", "--target", "onnxruntime", "--out", "taught")
+    lacking = penjing("compress", "net.py:small", *DATA, *asked)
+    assert lacking.code == 2 and "no network called 'big' was given" in lacking.err, lacking.err
+    done = penjing("compress", "net.py:small", *DATA, *asked, "--teacher", "big=net.py:build", "--json")
+    assert done.code in (0, 3), done.err
+    assert [s["name"] for s in done.json["steps"]] == ["Distill"]
+    assert done.json["steps"][0]["settings"] == {"teacher": "big", "epochs": 1}
+
+
+@pytest.mark.slow
 def test_deploy_says_what_runs_in_float_and_what_became_wider(penjing, desk):
     (desk / "mixed.yaml").write_text("steps:\n  - Quantize: {samples: 32, weights: {'*': int6, head: int16}}\n")
     done = penjing("compress", "net.py:build", *DATA, "--recipe", "mixed.yaml", "--out", "mixed")
@@ -155,6 +169,9 @@ def test_bad_recipes(penjing, desk, recipe, error, hint):
         ((*COMPRESS, "--target", "openvino:thread=2"), "'thread'", "did you mean 'threads'?"),
         ((*COMPRESS, "--target", "openvino:threads=0"), "threads", ""),
         ((*COMPRESS, "--recipe", "nothing.yaml"), "no recipe nothing.yaml", ""),
+        ((*COMPRESS, "--teacher", "net.py:build"), "--teacher takes NAME=MODEL", "big=net.py:build"),
+        ((*COMPRESS, "--teacher", "original=net.py:build"), "that is taken", "another name"),
+        ((*COMPRESS, "--teacher", "big=net.py:bild"), "'bild'", "did you mean 'build'"),
         ((*COMPRESS, "--out", "net.py"), "not a folder", "--out"),
         ((*COMPRESS, "--out", "thesis"), "holds other files", "--out"),
         ((*COMPRESS, "--out", "net.py/out"), "not a folder", "another place"),

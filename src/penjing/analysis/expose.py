@@ -36,8 +36,8 @@ def shared_sums(one: Network, other: Network, inputs: Any, *, most: int) -> dict
     None for those of one shape. Where `one` has fewer channels, (dimension, the channels of `other` that are most like
     its own on `inputs`): by correlation, each taken once. Left out is what has no such likeness.
     """
-    names = [n.name for n in one.graph_module.graph.nodes if _is_sum(n)]
-    also = {n.name for n in other.graph_module.graph.nodes if _is_sum(n)}
+    names = [n.name for n in one.graph_module.graph.nodes if is_sum(n)]
+    also = {n.name for n in other.graph_module.graph.nodes if is_sum(n)}
     names = [n for n in names if n in also]
     values = [exposing(network, names).run(inputs)[len(network.output_names) :] for network in (one, other)]
     found: dict[str, tuple[int, Tensor] | None] = {}
@@ -55,16 +55,25 @@ def _alike(a: Tensor, b: Tensor) -> tuple[int, Tensor] | None:
     dims = [d for d in range(a.ndim) if a.shape[d] != b.shape[d]]
     if len(dims) != 1 or dims[0] == 0 or a.shape[dims[0]] > b.shape[dims[0]]:
         return None
-    rows = [x.movedim(dims[0], 0).flatten(1).double() for x in (a, b)]
+    chosen = most_alike(correlations(a, b, dims[0]))
+    return None if chosen is None else (dims[0], chosen)
+
+
+def correlations(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Of each channel (along `dim`) of `a` with each of `b`, which have all other sizes in common."""
+    rows = [x.movedim(dim, 0).flatten(1).double() for x in (a, b)]
     rows = [r - r.mean(1, keepdim=True) for r in rows]
     rows = [r / r.norm(dim=1, keepdim=True).clamp_min(1e-12) for r in rows]
-    likeness = rows[0] @ rows[1].T
+    return rows[0] @ rows[1].T
+
+
+def most_alike(likeness: Tensor) -> Tensor | None:
+    """For each row its column, each taken once, so that they are most alike together; None if they are not."""
     mine, theirs = linear_sum_assignment(likeness.numpy(), maximize=True)
-    if float(likeness[mine, theirs].mean()) < _LIKENESS:
-        return None
-    return dims[0], torch.as_tensor(theirs)
+    return None if float(likeness[mine, theirs].mean()) < _LIKENESS else torch.as_tensor(theirs)
 
 
-def _is_sum(node: fx.Node) -> bool:
+def is_sum(node: fx.Node) -> bool:
+    """Whether a value is the sum of two activations, as in a residual stream."""
     operands = node.args[:2]
     return node.target in _SUMS and all(isinstance(a, fx.Node) and a.op == "call_function" for a in operands)

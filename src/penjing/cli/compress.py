@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from penjing.cli import options
-from penjing.cli.models import load_network
+from penjing.cli.models import load_network, load_teachers
 from penjing.cli.outputs import output_folder
 from penjing.cli.screen import Screen
 from penjing.cli.sensitivity import curves_for
@@ -36,6 +36,7 @@ def compress(
         ),
     ] = None,
     target: options.Targets = None,
+    teacher: options.Teachers = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="The folder to write; without it, NAME-compressed.")
     ] = None,
@@ -78,6 +79,7 @@ def compress(
     samples = load_data(data)
     held_out = load_data(test) if test else None
     network = load_network(model, data=samples)
+    teachers = load_teachers(teacher or [], data=samples)
     folder = output_folder(out or f"{network.name}-compressed")
     if recipe is None:
         why = (
@@ -100,6 +102,7 @@ def compress(
         task=goal,
         test=held_out,
         seed=seed,
+        teachers=teachers,
         resume=resume,
         trackers=track or (),
         progress=screen if first else SILENT,

@@ -40,6 +40,17 @@ def load_network(text: str, *, data: Data | None = None, shapes: list[str] | Non
     return network
 
 
+def load_teachers(texts: list[str], *, data: Data | None = None) -> dict[str, list[Network]]:
+    """The networks that NAME=MODEL options name, by NAME; a NAME that stands several times has several."""
+    found: dict[str, list[Network]] = {}
+    for text in texts:
+        name, sign, model = text.partition("=")
+        if not name or not sign or not model:
+            raise InputError(f"--teacher takes NAME=MODEL, got {text!r}", hint="for example --teacher big=net.py:build")
+        found.setdefault(name, []).append(load_network(model, data=data))
+    return found
+
+
 def _from_file(text: str, path: Path) -> Network:
     import penjing as pj
 

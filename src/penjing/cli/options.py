@@ -42,6 +42,15 @@ Targets = Annotated[
         help="The runtime, with options: onnxruntime, openvino:threads=2,precision=f32. Give it again for more.",
     ),
 ]
+Teachers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--teacher",
+        metavar="NAME=MODEL",
+        help="A further network that Steps call NAME: a teacher, a peer, a checkpoint. Give it again for more; the "
+        "same NAME again makes several of it.",
+    ),
+]
 Shapes = Annotated[
     list[str] | None,
     typer.Option(

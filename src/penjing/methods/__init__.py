@@ -2,9 +2,11 @@
 from here.
 """
 
+from penjing.methods.distill import Distill
 from penjing.methods.equalize import Equalize
 from penjing.methods.factorize import Factorize
 from penjing.methods.finetune import Finetune
+from penjing.methods.fuse_weights import FuseWeights
 from penjing.methods.gradually import Gradually
 from penjing.methods.merge_factors import MergeFactors
 from penjing.methods.mix_precision import MixPrecision
@@ -21,9 +23,11 @@ from penjing.methods.train_quantized import TrainQuantized
 from penjing.recipe import Plan, Recipe, Step
 
 __all__ = [
+    "Distill",
     "Equalize",
     "Factorize",
     "Finetune",
+    "FuseWeights",
     "Gradually",
     "MergeFactors",
     "MixPrecision",

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from penjing.data import Data
+from penjing.errors import RecipeError
 from penjing.network import Network
 from penjing.progress import SILENT, Progress
+from penjing.registry import did_you_mean
 from penjing.task import Task
 from penjing.training import AfterStep
 
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a planner may look at besides the network: the original network, samples, the task, the seed; what a
-    Step that trains is to do besides: `after_step` after each training step, `penalty` of the module in training added
-    to each loss, `rates` factors of the learning rates of single parameters; and where its checkpoints and curves are
-    kept, if anywhere.
+    """What a planner may look at besides the network: the original network, samples, the task, the seed; other
+    networks by the names that Steps know them by; what a Step that trains is to do besides: `after_step` after each
+    training step, `penalty` of the module in training added to each loss, `rates` factors of the learning rates of
+    single parameters; and where its checkpoints and curves are kept, if anywhere.
     """
 
     original: Network
@@ -35,3 +37,13 @@ class Context:
     trainings: Trainings | None = None
     penalty: Callable[[nn.Module], Tensor] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
+    teachers: Mapping[str, tuple[Network, ...]] = field(default_factory=dict)
+
+    def networks(self, name: str, place: str) -> tuple[Network, ...]:
+        """The networks that a Step calls `name`: "original", or those given under it; raises RecipeError that begins
+        with `place` if there are none."""
+        known = {"original": (self.original,), **self.teachers}
+        if name not in known:
+            hint = did_you_mean(name, known) if self.teachers else f"compress(..., teachers={{{name!r}: network}})"
+            raise RecipeError(f"{place}: no network called {name!r} was given", hint=hint)
+        return known[name]

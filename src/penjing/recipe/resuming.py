@@ -45,6 +45,7 @@ _NAMES = {
     "settings": "settings",
     "network": "network",
     "original": "original network",
+    "teachers": "teachers",
     "task": "task",
     "data": "samples",
     "seed": "seed",
@@ -184,8 +185,9 @@ def _run(settings: Any, network: Network, context: Context) -> dict[str, Any]:
     """Whose work it is: what must be the same for the same result."""
     return {
         "settings": settings,
-        "network": _network_digest(network),
-        "original": _network_digest(context.original),
+        "network": network_digest(network),
+        "original": network_digest(context.original),
+        "teachers": {name: [network_digest(n) for n in held] for name, held in context.teachers.items()},
         "task": context.task.name if context.task else None,
         "data": None if context.data is None else _data_digest(context.data, context.seed),
         "seed": context.seed,
@@ -216,7 +218,7 @@ def _claim(folder: Path, field: str, settings: Any, network: Network, context: C
         )
 
 
-def _network_digest(network: Network) -> str:
+def network_digest(network: Network) -> str:
     """SHA-256 of graph and tensors. What happened to it before does not matter."""
     topology, arrays = network.replace(history=()).state()
     found = hashlib.sha256(topology.encode())
