@@ -69,3 +69,14 @@ def test_tasks_on_a_terminal_end_cleanly(capfd):
     except ValueError:
         pass
     assert screen._bars is None and not screen._tasks
+
+
+def test_details_stand_beside_the_innermost_bar(capfd):
+    screen = Screen()
+    screen.console._force_terminal = True
+    screen.detail("before any bar")
+    with screen.task("outer", 2) as outer, screen.task("inner", 4) as inner:
+        screen.detail("loss 0.5 [x]")
+        outer(1), inner(2)
+        rows = {task.description: task.fields["detail"] for task in screen._bars.tasks}
+    assert rows == {"outer": "", "inner": r"loss 0.5 \[x]"}
