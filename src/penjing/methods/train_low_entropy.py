@@ -81,10 +81,14 @@ class TrainLowEntropy(Step):
         folded = network.apply(folds) if folds else network
         made = simulate(folded, {n: _grid(like) for n, like in self._selected(folded).items()})
         watch = _Watch(self, folded, made, context)
-        trained = self.finetune.plan(
-            made.network,
-            replace(context, after_step=watch.after_step, penalty=watch.penalty, rates=_step_rates(made)),
+        inner = replace(
+            context,
+            after_step=watch.after_step,
+            penalty=watch.penalty,
+            rates=_step_rates(made),
+            trainings=context.trainings.inside(self) if context.trainings else None,
         )
+        trained = self.finetune.plan(made.network, inner)
         after = made.network.apply(trained.edits).tensors()
         weights = made.weights(after)
         before, values = folded.tensors(), {n: v for n, (v, _) in weights.items()}
