@@ -161,8 +161,10 @@ def test_public_names() -> None:
     assert set(penjing.__all__) == {
         "Bundle",
         "Equalize",
+        "Factorize",
         "Finetune",
         "Gradually",
+        "MergeFactors",
         "MixPrecision",
         "Network",
         "PenjingError",

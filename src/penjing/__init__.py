@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from penjing.evaluation import Report, Sensitivity, evaluate, sensitivity
     from penjing.methods import (
         Equalize,
+        Factorize,
         Finetune,
         Gradually,
+        MergeFactors,
         MixPrecision,
         Plan,
         PruneChannels,
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bundle": "penjing.deployment",
     "Equalize": "penjing.methods",
+    "Factorize": "penjing.methods",
     "Finetune": "penjing.methods",
     "Gradually": "penjing.methods",
+    "MergeFactors": "penjing.methods",
     "MixPrecision": "penjing.methods",
     "Network": "penjing.network",
     "PenjingError": "penjing.errors",
@@ -71,8 +75,10 @@ _HOMES = {
 __all__ = [
     "Bundle",
     "Equalize",
+    "Factorize",
     "Finetune",
     "Gradually",
+    "MergeFactors",
     "MixPrecision",
     "Network",
     "PenjingError",

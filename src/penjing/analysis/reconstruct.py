@@ -130,6 +130,7 @@ def reconstruct(
     solve: Solve | None = None,
     work: float = _WORK,
     views: Mapping[str, Sequence[View]] | None = None,
+    stands: Mapping[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> Refit:
     """Refit the layers of `pruned` whose weights are named in `only` (None: every layer) so that it answers as
@@ -138,13 +139,16 @@ def reconstruct(
     `kept` tells which indices of the original's tensors are left, `batches` are bound inputs. Nothing is changed: the
     new values are returned. `solve` finds the weights (None: damped least squares); `work` bounds the multiply-
     accumulates that go into a layer's moments. `views` change what the nodes of `pruned` read of each other's values.
+    `stands` names, by weight, the original's node that a layer is to do the same as, where the graph is another.
     """
     solve = solve or (lambda layer, moments, start, bias: refit(moments, start, bias=bias, damping=damping))
     layers = [layer for layer in find_layers(pruned) if only is None or layer.weight in only]
     ancestors = _ancestors(pruned.graph_module.graph)
     originals = {n.name: n for n in original.graph_module.graph.nodes}
-    layers = [layer for layer in layers if layer.node.name in originals]
-    targets = {n.name for layer in layers for n in (layer.end, layer.total) if n is not None}
+    places = {layer.node.name: (stands or {}).get(layer.weight, layer.node.name) for layer in layers}
+    layers = [layer for layer in layers if places[layer.node.name] in originals]
+    ends = {layer: places.get(layer.end.name, layer.end.name) for layer in layers}
+    targets = {*ends.values(), *(layer.total.name for layer in layers if layer.total is not None)}
     wanted = Lane(original, batches, hold=targets)
     shortcuts = {layer.shortcut.name for layer in layers if layer.shortcut is not None}
     given = Lane(pruned, batches, hold=shortcuts, views=views)
@@ -157,7 +161,7 @@ def reconstruct(
             # A shortcut that is itself still to be fitted is no basis yet: that layer will see the whole sum instead.
             if shortcut is not None and (({shortcut} | ancestors[shortcut]) & (unfitted | {layer.node})):
                 shortcut = None
-            _fit(layer, shortcut, wanted, given, kept, result, solve, work)
+            _fit(layer, shortcut, ends[layer], wanted, given, kept, result, solve, work)
             if layer.total is not None and all(other.total is not layer.total for other in layers[place + 1 :]):
                 wanted.release(layer.total.name)
             advance(1)
@@ -193,6 +197,7 @@ def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 def _fit(
     layer: Layer,
     shortcut: fx.Node | None,
+    like: str,
     wanted: Lane,
     given: Lane,
     kept: Kept,
@@ -207,7 +212,7 @@ def _fit(
         return
     rows_kept = kept.get(layer.weight, {}).get(0)
     end = layer.total if shortcut is not None and layer.total is not None else layer.end
-    wants = wanted.value(end.name)
+    wants = wanted.value(like if end is layer.end else end.name)
     inputs = given.seen(source.name, layer.node.name)
     others = given.seen(shortcut.name, end.name) if shortcut is not None else [None] * len(inputs)
     axis = 1 if layer.convolution else -1
@@ -225,7 +230,7 @@ def _fit(
     new = _tensors_of(layer, given, moments, fitted, constant, weight)
     result.tensors.update(new)
     given.tensors.update(new)
-    wanted.release(layer.end.name)
+    wanted.release(like)
 
 
 def rows_wanted(shape: torch.Size, groups: int, work: float = _WORK) -> int:

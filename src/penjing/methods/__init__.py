@@ -3,8 +3,10 @@ from here.
 """
 
 from penjing.methods.equalize import Equalize
+from penjing.methods.factorize import Factorize
 from penjing.methods.finetune import Finetune
 from penjing.methods.gradually import Gradually
+from penjing.methods.merge_factors import MergeFactors
 from penjing.methods.mix_precision import MixPrecision
 from penjing.methods.prune_channels import PruneChannels
 from penjing.methods.prune_heads import PruneHeads
@@ -19,8 +21,10 @@ from penjing.recipe import Plan, Recipe, Step
 
 __all__ = [
     "Equalize",
+    "Factorize",
     "Finetune",
     "Gradually",
+    "MergeFactors",
     "MixPrecision",
     "Plan",
     "PruneChannels",

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +32,7 @@ _LAYERS: dict[Any, tuple[int, int | None]] = {
     aten.conv2d.default: (1, 6),
     aten.linear.default: (-1, None),
 }
+W = TypeVar("W")
 _WIDTHS = (0.25, 0.5, 1.0)
 _LAYER = LatencySettings(warm_up=5, seconds=0.1, least_rounds=5, most_rounds=15)
 _WHOLE = LatencySettings(warm_up=5, seconds=1.0, least_rounds=9, most_rounds=30)
@@ -111,6 +112,30 @@ def latency_by_way(
         layer.weight: tuple(f * way[i] for f, way in zip(factors, ways, strict=True)) for i, layer in enumerate(layers)
     }
     return WayLatency(whole, tuple(several), constant, table, _measure(network, whole, target))
+
+
+def latency_of_each(
+    network: Network,
+    ways: Mapping[str, W],
+    alone: Callable[[Network, W], Network],
+    target: Target,
+    progress: Progress = SILENT,
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds of one sample by weight: its layer by itself as it is, and as `alone` makes it in its way.
+
+    Left out: layers that cannot stand alone (grouped, transposed, three-dimensional, embeddings). Layers that take
+    equally long are measured once. Raises MissingExtraError, TargetError.
+    """
+    layers = [layer for layer in _layers(network) if layer.weight in ways]
+    kinds = {f"{layer.kind} {ways[layer.weight]}": layer for layer in layers}
+    taken: dict[str, tuple[float, float]] = {}
+    with _Bench(target) as bench, progress.task(f"timing layers on {target}", len(kinds)) as advance:
+        for kind, layer in kinds.items():
+            single = layer.at(*layer.sizes)
+            before, after = bench.timed([single, alone(single, ways[layer.weight])], _LAYER)
+            taken[kind] = before, after
+            advance(1)
+    return {layer.weight: taken[f"{layer.kind} {ways[layer.weight]}"] for layer in layers}
 
 
 def _measure(network: Network, whole: float, target: Target) -> Callable[[Network], float]:
