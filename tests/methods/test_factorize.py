@@ -129,6 +129,17 @@ def test_looking_at_activations_beats_the_weights_alone(network: pj.Network, ima
     assert errors[2] <= errors[1]
 
 
+def test_transposed_and_three_dimensional_convolutions_keep_their_mean() -> None:
+    torch.manual_seed(0)
+    for layer, x in (
+        (nn.ConvTranspose1d(32, 24, 4, stride=2, padding=1), torch.rand(32, 32, 19)),
+        (nn.Conv3d(32, 24, 3, padding=1), torch.rand(8, 32, 7, 7, 7)),
+    ):
+        network = pj.capture(nn.Sequential(layer).eval(), inputs=(x[:2],))
+        alone, seen = (network.apply(plan(network, data).edits) for data in (None, x))
+        assert off(network, seen, x) < 0.7 * off(network, alone, x)
+
+
 def test_layers_that_matter_more_keep_more(network: pj.Network, images: Tensor) -> None:
     by = {a: network.apply(plan(network, images, ratio=0.3, allocation=a).edits) for a in ("error", "sensitivity")}
     assert off(network, by["sensitivity"], images) < off(network, by["error"], images)
