@@ -13,7 +13,7 @@ from penjing.analysis.factorization import decompose, find_factorable, replaceme
 from penjing.analysis.footprint import footprint
 from penjing.analysis.passes import outputs_first
 from penjing.data import Data
-from penjing.errors import RecipeError
+from penjing.errors import DataError, RecipeError
 from penjing.recipe import Context
 from penjing.runtimes import get_runtime
 from penjing.testing.oracles import captured, distance, inputs_of
@@ -127,6 +127,17 @@ def test_looking_at_activations_beats_the_weights_alone(network: pj.Network, ima
     errors = [off(dense, dense.apply(plan(dense, images, **fields, **way).edits), images) for way in ways]
     assert errors[1] < 0.7 * errors[0]
     assert errors[2] <= errors[1]
+
+
+def test_transposed_and_three_dimensional_convolutions_keep_their_mean() -> None:
+    torch.manual_seed(0)
+    for layer, x in (
+        (nn.ConvTranspose1d(32, 24, 4, stride=2, padding=1), torch.rand(32, 32, 19)),
+        (nn.Conv3d(32, 24, 3, padding=1), torch.rand(8, 32, 7, 7, 7)),
+    ):
+        network = pj.capture(nn.Sequential(layer).eval(), inputs=(x[:2],))
+        alone, seen = (network.apply(plan(network, data).edits) for data in (None, x))
+        assert off(network, seen, x) < 0.7 * off(network, alone, x)
 
 
 def test_layers_that_matter_more_keep_more(network: pj.Network, images: Tensor) -> None:
@@ -292,6 +303,8 @@ def test_fields_are_checked(fields: dict[str, Any], message: str) -> None:
 def test_what_cannot_be_done_is_said(network: pj.Network, images: Tensor) -> None:
     with pytest.raises(RecipeError, match="can write as a product"):
         plan(network, where="nothing")
+    with pytest.raises(DataError, match="NaN"):
+        plan(network, torch.full_like(images, float("nan")))
     masked = network.apply(pj.PruneWeights(sparsity=0.5).plan(network, Context(original=network)).edits)
     with pytest.raises(RecipeError) as caught:
         plan(masked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from penjing.analysis.lane import Lane
 from penjing.analysis.operators import argument, convolution_form, operator_name
 from penjing.analysis.reconstruct import Layer, as_rows, rows_wanted
 from penjing.analysis.weights import Weight, find_weights
+from penjing.errors import DataError
 from penjing.network import graph as flat
 from penjing.network.edits import Call, ReplaceLayer
 from penjing.network.network import Network
@@ -109,7 +111,8 @@ def decompose(
 
     Inputs of layers that add a constant are taken about their mean. Rows of an embedding weigh as often as they are
     looked up, and once more. Of a table that is looked up in and multiplied with, the relative errors of both uses are
-    summed, all rows counting alike. Three-dimensional and transposed convolutions are not weighted.
+    summed, all rows counting alike. Three-dimensional and transposed convolutions are not weighted, only the mean of
+    their outputs is kept.
     """
     found: dict[str, Ways] = {}
     tensors = network.tensors()
@@ -129,6 +132,11 @@ def decompose(
             if not unread[layer.weight]:
                 watched = seen.pop(layer.weight)
                 gram, rows = watched.weighting(weight, layer.tied)
+                if not all(torch.isfinite(t).all() for t in (weight, gram) if t is not None):
+                    raise DataError(
+                        f"{layer.weight} or what its layer sees holds NaN or infinite numbers",
+                        hint="look at the weights and the samples",
+                    )
                 several = [
                     Svd(weight, gram, rows, each=each) if form == "svd" else FORMS[form](weight, gram, each=each)
                     for form in layer.forms(forms, weight)
@@ -202,10 +210,17 @@ class _Seen:
             self.counts = counts if self.counts is None else self.counts + counts
             return
         source = node.args[0]
-        if node.target not in _WATCHED or not isinstance(source, fx.Node):
+        if not isinstance(source, fx.Node):
+            return
+        inputs = lane.value(source.name)
+        if node.target not in _WATCHED:
+            # By channel, borders aside; a tap of a transposed kernel falls on one in as many outputs as strides make.
+            total = sum((x.double().movedim(1, 0).flatten(1).mean(1) * len(x) for x in inputs), torch.zeros(()))
+            spread = math.prod(sizes_of(node, 3, weight.ndim - 2, 1)) if node.target in TRANSPOSED else 1
+            mean = total / sum(map(len, inputs)) / spread
+            self.mean = mean.repeat_interleave(weight[0, 0].numel())
             return
         layer = Layer(node, name, None)
-        inputs = lane.value(source.name)
         moments = Moments(1, weight[0].numel(), 0)
         limit = rows_wanted(weight.shape, 1) // len(inputs) + 1
         generator = torch.Generator().manual_seed(0)
