@@ -168,6 +168,17 @@ def test_masks_hold(teacher: Network) -> None:
     assert torch.equal(made.tensors()["stem.weight"], teacher.tensors()["stem.weight"] * mask)
 
 
+def test_a_shallower_network_takes_statistics_of_its_own(teacher: Network) -> None:
+    student = network(8, 2, seed=9)
+    made = student.apply(FuseWeights(source="big").plan(student, context(student, big=teacher)).edits).tensors()
+    whole = teacher.tensors()
+    assert torch.equal(made["blocks.1.0.weight"], whole["blocks.1.0.weight"])
+    assert torch.equal(made["head.weight"], whole["head.weight"])
+    # Statistics are its own where samples tell: the first block sees what the teacher's saw, at the end of training.
+    assert not torch.equal(made["blocks.1.1.running_mean"], whole["blocks.1.1.running_mean"])
+    assert torch.allclose(made["blocks.0.1.running_mean"], whole["blocks.0.1.running_mean"], atol=0.3)
+
+
 def test_a_fused_start_is_ahead(teacher: Network) -> None:
     student = network(6, 2, seed=9)
     fused = student.apply(FuseWeights(source="big").plan(student, context(student, big=teacher)).edits)

@@ -253,6 +253,7 @@ class _Lesson:
             self.data = continued(
                 self.data, self._together, prompt=settings.prompt, tokens=settings.sequence,
                 temperature=settings.sampling, seed=context.seed, progress=context.progress,
+                fixed=None if self.free else settings.batch_size,
             )  # fmt: skip
         learner, peers = self.learner, [p for _, p in self.peers]
         named = [("student", self.network), *((f"peers.{i}", p) for i, p in enumerate(peers))]

@@ -42,7 +42,7 @@ class FuseWeights(Step):
     make the mean worse (Wortsman et al. 2022, "Model soups"). What is best is measured on the share `held_out` of the
     samples, by the task's metric or, without labels, by the distance of the outputs from the original network's; it
     means what it says only if these samples were not trained on. Statistics of batch norms are taken anew from the
-    other samples, if there are any.
+    other samples, if there are any, unless all of a network of the same size is taken over.
     """
 
     source: str | list[str] = "original"
@@ -100,7 +100,7 @@ class FuseWeights(Step):
 
 class _Fusion:
     def __init__(self, settings: FuseWeights, network: Network, context: Context, sources: Sequence[Network]) -> None:
-        self.settings, self.network, self.context = settings, network, context
+        self.settings, self.network, self.context, self.sources = settings, network, context, sources
         self.names = [n for n in network.tensors() if matches(settings.where, n)]
         self.data, self.held = context.data, None
         if settings._chooses:
@@ -126,7 +126,8 @@ class _Fusion:
 
     def plan(self) -> Plan:
         edits, reasons, notes = getattr(self, f"_{self.settings.how}")()
-        if self.settings.how != "slices":
+        found, parts = self.fitted[0], [len(n.parameter_names) for n in (self.network, self.sources[0])]
+        if self.settings.how != "slices" or found.kept or found.left or parts[0] != parts[1]:
             edits = self._with_statistics(edits)
         before = self.network.tensors()
         changed = [e for e in edits if not torch.equal(e.value, before[e.parameter])]

@@ -29,6 +29,7 @@ def continued(
     temperature: float,
     seed: int,
     progress: Progress,
+    fixed: int | None = None,
 ) -> Data:
     """The first `prompt` tokens of every sample, continued by `tokens` more: (inputs, labels), the labels the next
     token at each position, ignored where that is the prompt's own.
@@ -37,13 +38,16 @@ def continued(
     change them, so that sequences keep the samples' length while they are filled, and what is behind them stays as it
     was. The most likely token is taken at `temperature` 0, else one is drawn. Inputs are token numbers (n, length),
     or a dictionary with `input_ids`, whose `attention_mask` becomes ones; raises DataError for others, or if
-    samples are shorter than prompt and continuation.
+    samples are shorter than prompt and continuation. A model that takes `fixed` samples at once gets so many; the rest
+    is left out.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs, labels = [], []
     with progress.task("continuing prompts", None) as advance:
-        for given, _ in data.batches(_BATCH):
+        for given, _ in data.batches(fixed or _BATCH):
             ids = _ids(given).clone()
+            if fixed is not None and len(ids) < fixed:
+                continue
             if ids.shape[1] < prompt + tokens:
                 raise DataError(
                     f"a sample has {ids.shape[1]} tokens, fewer than a prompt of {prompt} and {tokens} more",
