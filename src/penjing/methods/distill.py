@@ -108,6 +108,11 @@ class Distill(LearningStep):
         self.require_between("self_average", 0, 1, open_high=True)
         self.require_whole("sequence", 0)
         self.require_whole("prompt", 1)
+        self.require_kind("teacher", str, list, tuple, type(None))
+        self.require_kind("mutual", list, tuple)
+        self.require_kind("teacher_weights", list, tuple)
+        self.require_kind("features", str, dict, type(None))
+        self.require_kind("cache", str, type(None))
         if not self.taught_by and not self.mutual:
             raise RecipeError(
                 "Distill learns from nobody: teacher is empty", hint="teacher: original, or mutual: [name]"

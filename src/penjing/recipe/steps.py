@@ -153,6 +153,13 @@ class Step(ABC):
                 hint=_remedy(type(self), field, low),
             )
 
+    def require_kind(self, field: str, *kinds: type) -> None:
+        """Raises unless the field holds one of `kinds`."""
+        value = getattr(self, field)
+        if not isinstance(value, kinds):
+            names = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+            raise RecipeError(f"{self.name}.{field} must be {names}, got {value!r}", hint=_remedy(type(self), field))
+
     def require_step(self, field: str) -> None:
         """Raises unless the field holds a Step or None."""
         inner = getattr(self, field)
