@@ -153,6 +153,16 @@ class Step(ABC):
                 hint=_remedy(type(self), field, low),
             )
 
+    def require_names(self, field: str) -> None:
+        """Raises unless the field holds a name, a list of names (as strings) or None."""
+        value = getattr(self, field)
+        names = [value] if isinstance(value, str) else value
+        if value is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)):
+            raise RecipeError(
+                f"{self.name}.{field} must be a name or a list of names, got {value!r}",
+                hint="names are 'original' and those of compress(..., teachers={name: network})",
+            )
+
     def require_step(self, field: str) -> None:
         """Raises unless the field holds a Step or None."""
         inner = getattr(self, field)
