@@ -98,6 +98,10 @@ class Distill(LearningStep):
     def __post_init__(self) -> None:
         super().__post_init__()
         infinity = float("inf")
+        self.require_names("teacher")
+        self.require_names("mutual")
+        if not isinstance(self.mutual, list):
+            raise RecipeError(f"Distill.mutual must be a list of names, got {self.mutual!r}", hint="mutual: [peer]")
         self.require_one_of("logits", LOGIT_LOSSES.names())
         self.require_one_of("feature_loss", FEATURE_LOSSES.names())
         for name in ("temperature", "student_temperature"):
@@ -108,20 +112,16 @@ class Distill(LearningStep):
         self.require_between("self_average", 0, 1, open_high=True)
         self.require_whole("sequence", 0)
         self.require_whole("prompt", 1)
-        self.require_kind("teacher", str, list, tuple, type(None))
-        self.require_kind("mutual", list, tuple)
-        self.require_kind("teacher_weights", list, tuple)
-        self.require_kind("features", str, dict, type(None))
-        self.require_kind("cache", str, type(None))
         if not self.taught_by and not self.mutual:
             raise RecipeError(
                 "Distill learns from nobody: teacher is empty", hint="teacher: original, or mutual: [name]"
             )
-        if any(not isinstance(w, int | float) or w <= 0 for w in self.teacher_weights):
+        weights = self.teacher_weights
+        if not isinstance(weights, list) or any(not isinstance(w, int | float) or w <= 0 for w in weights):
             raise RecipeError(
                 f"Distill.teacher_weights must be numbers above 0, got {self.teacher_weights!r}", hint="leave it away"
             )
-        if isinstance(self.features, str) and self.features != "auto":
+        if not isinstance(self.features, dict) and self.features not in (None, "auto"):
             raise RecipeError(
                 f"Distill.features must be 'auto' or a mapping, got {self.features!r}",
                 hint="features: {student's value: teacher's value}",

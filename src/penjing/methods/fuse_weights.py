@@ -52,6 +52,7 @@ class FuseWeights(Step):
     held_out: float = HELD_OUT
 
     def __post_init__(self) -> None:
+        self.require_names("source")
         self.require_one_of("how", _WAYS)
         self.require_one_of("channels", _CHANNELS)
         self.require_between("weight", 0, 1)

@@ -153,12 +153,15 @@ class Step(ABC):
                 hint=_remedy(type(self), field, low),
             )
 
-    def require_kind(self, field: str, *kinds: type) -> None:
-        """Raises unless the field holds one of `kinds`."""
+    def require_names(self, field: str) -> None:
+        """Raises unless the field holds a name, a list of names (as strings) or None."""
         value = getattr(self, field)
-        if not isinstance(value, kinds):
-            names = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-            raise RecipeError(f"{self.name}.{field} must be {names}, got {value!r}", hint=_remedy(type(self), field))
+        names = [value] if isinstance(value, str) else value
+        if value is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)):
+            raise RecipeError(
+                f"{self.name}.{field} must be a name or a list of names, got {value!r}",
+                hint="names are 'original' and those of compress(..., teachers={name: network})",
+            )
 
     def require_step(self, field: str) -> None:
         """Raises unless the field holds a Step or None."""
