@@ -85,8 +85,10 @@ VIEWS = {
 
 
 def operator_name(node: fx.Node) -> str:
-    """`aten::conv2d`, or "" for what is no ATen call."""
-    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    """`aten::conv2d`, or "" for what is no ATen call, or reads the bits of numbers as other numbers."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target is torch.ops.aten.view.dtype:
+        return ""
+    return node.target._schema.name
 
 
 def quantizes(node: fx.Node) -> bool:
