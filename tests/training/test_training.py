@@ -157,3 +157,20 @@ def test_bfloat16_follows_float32_and_leaves_the_module_as_it_was() -> None:
     assert dtypes == {torch.float32}
     assert found["bf16"][0] == pytest.approx(found["f32"][0], rel=0.05)
     assert not torch.equal(found["bf16"][1], found["f32"][1])
+
+
+def test_affine_images_are_turned_scaled_and_shifted_a_little() -> None:
+    """A blot in the middle moves by less than two pixels, never mirrored, and keeps about its mass."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(64, 1, 28, 28)
+    images[:, :, 12:16, 6:22] = 1.0  # a bar
+    varied = augment(images, "affine", generator)
+    assert varied.shape == images.shape and not torch.equal(varied[0], varied[1])
+    mass = varied.sum((1, 2, 3))
+    assert bool((mass > 64 * 0.75).all() and (mass < 64 * 1.3).all())
+    places = torch.arange(28.0)
+    down = (varied.sum((1, 3)) * places).sum(1) / mass
+    right = (varied.sum((1, 2)) * places).sum(1) / mass
+    assert float((down - 13.5).abs().max()) < 1.5 and float((right - 13.5).abs().max()) < 1.5
+    again = augment(images, "affine", torch.Generator().manual_seed(0))
+    assert torch.equal(varied, again)
