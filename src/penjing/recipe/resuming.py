@@ -154,16 +154,16 @@ class Trainings:
     within: tuple[str, ...] = ()
 
     def inside(self, step: Step) -> Trainings:
-        """These, run by a Step that changes them by `Context.after_step`."""
+        """These, run by a Step that changes them by `Context.after_step` or `penalty`."""
         return replace(self, within=(*self.within, json.dumps({step.name: step.done()})))
 
     def of(self, step: Step, network: Network, context: Context) -> tuple[Checkpoint | None, Tracking | None]:
-        """The checkpoint and the curves of the training of `network` by `step`; no checkpoint where `after_step` does
-        something to it that nobody named by `inside`."""
+        """The checkpoint and the curves of the training of `network` by `step`; no checkpoint where `after_step`
+        or `penalty` do something to it that nobody named by `inside`."""
         run = [_run({step.name: step.done()}, network, context), *self.within]
         digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()[:16]
         tracking = Tracking(self.trackers, self.logs, f"{self.name}-{digest[:8]}") if self.trackers else None
-        if context.after_step is not None and not self.within:
+        if (context.after_step or context.penalty) and not self.within:
             return None, tracking
         return Checkpoint(self.folder / f"training-{digest}.safetensors"), tracking
 
