@@ -34,7 +34,7 @@ from penjing.recipe.lessons import (
 from penjing.recipe.watching import watching
 from penjing.task import class_dimension, primary
 from penjing.tensors.distillation import matching, soft_labels
-from penjing.training import Batch, augment, call, randomness, train
+from penjing.training import Batch, augment, call, train
 
 #: At most so many residual sums are compared: each takes as long as a layer, and neighbours say nearly the same.
 _MOST_HINTS = 8
@@ -174,8 +174,7 @@ class Finetune(LearningStep):
         def of_epoch(epoch: int) -> Iterator[Batch]:
             generator = torch.Generator().manual_seed(seed * 7919 + epoch)
             if constant and not kept and fits_in_memory(data):
-                with randomness.seeded(seed):  # the same order of samples whenever that is
-                    inputs, labels, (answer,) = lessons(data, [ask], context.progress, seed=seed)
+                inputs, labels, (answer,) = lessons(data, [ask], context.progress, seed=seed)
                 kept.append((inputs, labels, answer))
             whole = (
                 slices(kept[0], self.batch_size, generator)

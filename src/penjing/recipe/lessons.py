@@ -22,7 +22,17 @@ from penjing.network import Network, SetWeights
 from penjing.progress import Progress
 from penjing.recipe.plans import Plan, Reason
 from penjing.recipe.steps import Step, matches
-from penjing.training import AUGMENTATIONS, OPTIMIZERS, PRECISIONS, SCHEDULES, Batch, Trained, Training, call
+from penjing.training import (
+    AUGMENTATIONS,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULES,
+    Batch,
+    Trained,
+    Training,
+    call,
+    randomness,
+)
 
 #: Samples are held in memory together while they stay below this.
 _MEMORY = 2 << 30
@@ -102,8 +112,7 @@ def lessons(
     a file that is not whole is written anew. Samples that do not fit in memory are put there, too.
     """
     place = None if folder is None else Path(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # a DataLoader that shuffles has one order
+    with randomness.seeded(seed):  # a DataLoader that shuffles has one order, whenever that is
         inputs, labels = _held(data, place)
     samples = "" if place is None else _digest((inputs, labels))
     answers = []
