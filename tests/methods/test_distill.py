@@ -257,6 +257,31 @@ def test_answers_asked_live_are_those_kept(teacher: Network, monkeypatch: pytest
         assert torch.allclose(value, kept.tensors()[name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_what_measured_best_on_held_out_samples_is_kept(teacher: Network, labels: bool) -> None:
+    """A rate that is far too high later on: the weights of an early epoch are the result."""
+    settings = {"lr": 3.0, "schedule": "constant", "epochs": 12, "held_out": 0.25, "patience": 3, "batch_size": 32}
+    peer = network(Small(9), "peer")
+    step = Distill(teacher="big", mutual=["peer"], features="auto", **settings)  # type: ignore[arg-type]
+    data = (X, Y) if labels else X
+    result = pj.compress(
+        network(Small(), "small"),
+        Recipe(step),
+        data=data,
+        task="classification",
+        teachers={"big": teacher, "peer": peer},
+    )
+    said = next(n for n in result.plans[0].notes if "held-out" in n)
+    told = [float(v) for v in said.partition("epochs: ")[2].partition(";")[0].split(", ")]
+    best = (max if labels else min)(told)
+    assert len(told) == 12 or len(told) - 1 - told.index(best) == 3
+    assert f"epoch {told.index(best) + 1} are kept" in said
+    if labels:
+        ((_, held),) = Data((X, Y)).split([0.25], seed=0)
+        scores = scores_of(result.network, held, get_task("classification"))
+        assert float(scores.double().mean()) == pytest.approx(best, abs=1e-3)
+
+
 def test_alpha_one_never_looks_at_labels(teacher: Network) -> None:
     student = network(Small(), "student")
     made = []

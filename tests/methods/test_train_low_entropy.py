@@ -147,6 +147,8 @@ def test_what_it_refuses(network: Network) -> None:
         TrainLowEntropy(finetune=Quantize())
     with pytest.raises(RecipeError, match="rate must be"):
         TrainLowEntropy(finetune=finetune(), rate=-1.0)
+    with pytest.raises(RecipeError, match="keeps what measured best"):
+        TrainLowEntropy(finetune=finetune(patience=2))
     step = TrainLowEntropy(finetune=finetune())
     with pytest.raises(DataError, match="needs samples"):
         step.plan(network, Context(original=network))

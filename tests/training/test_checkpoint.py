@@ -194,8 +194,8 @@ class Varied(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         return image + 0.1 * torch.randn(1, 6, 6) + float(np.random.rand()), int(image.mean() > 0)
 
 
-def network() -> Network:
-    torch.manual_seed(0)
+def network(seed: int = 0) -> Network:
+    torch.manual_seed(seed)
     layers = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 2))
     return pj.capture(nn.Sequential(*layers), inputs=(torch.randn(2, 1, 6, 6),))
 
@@ -220,7 +220,7 @@ class Cutting:
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        yield self.advance if description.startswith("fine-tuning") else lambda n: None
+        yield self.advance if description.startswith(("fine-tuning", "distilling")) else lambda n: None
 
     def advance(self, n: int) -> None:
         self.steps += 1
@@ -233,7 +233,12 @@ class Cutting:
 
 QUANTIZED = pj.TrainQuantized(weights="int4", lower=["int8"], finetune=replace(TUNE, average=0.0, epochs=3))
 ROUNDS = pj.Gradually(step=pj.PruneChannels(ratio=0.5), between=replace(TUNE, epochs=1), rounds=3)
+PEER = pj.Distill(epochs=3, batch_size=8, teacher=["original", "self"], mutual=["peer"], features="auto", held_out=0.3)
+KEPT = pj.Distill(epochs=3, batch_size=8, alpha=0.5, average=0.9, patience=2)
 NESTED = {
+    "among others": pj.Recipe(pj.PruneChannels(ratio=0.5), PEER),
+    "by answers that are kept": pj.Recipe(pj.PruneWeights(sparsity=0.5), KEPT),
+    "for few bytes, by answers": pj.Recipe(pj.TrainLowEntropy(finetune=replace(PEER, held_out=None))),
     "one after another": RECIPE,
     "some channels pay": pj.Recipe(replace(RECIPE.steps[2], train=pj.Finetune(epochs=1, batch_size=10, lr=0.1))),
     "all channels pay": pj.Recipe(replace(RECIPE.steps[2], penalty="group-lasso", strength=0.1)),
@@ -247,7 +252,7 @@ def test_trainings_inside_other_steps_go_on(name: str, tmp_path: Path, every_ste
     start, recipe = network(), NESTED[name]
 
     def run(folder: Path | None, cutting: Cutting) -> Network:
-        settings = {"data": Varied(), "task": "classification", "seed": 3}
+        settings = {"data": Varied(), "task": "classification", "seed": 3, "teachers": {"peer": network(seed=1)}}
         return pj.compress(start, recipe, **settings, resume=folder, progress=cutting).network  # type: ignore[arg-type]
 
     counting = Cutting()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import penjing as pj
-from penjing.network import Network
+from penjing.network import Network, SetWeights
 
 X = torch.randn(96, 1, 6, 6, generator=torch.Generator().manual_seed(3))
 Y = (X.mean((1, 2, 3)) > 0).long()
@@ -32,6 +32,11 @@ RECIPE = pj.Recipe(
     pj.PruneWeights(sparsity=0.5, criterion="movement"),
     pj.Finetune(epochs=4, batch_size=8, average=0.9, held_out=0.2, patience=3, teacher="original", accumulate=2),
     pj.PruneChannels(ratio=0.5),
+)
+#: An average of the student, adapters and a teacher's answers beside the student.
+TAUGHT = pj.Recipe(
+    pj.PruneChannels(ratio=0.5),
+    pj.Distill(epochs=4, batch_size=8, teacher=["original", "self"], features="auto", held_out=0.2),
 )
 LAUNCHED = """
 import sys
@@ -98,6 +103,17 @@ def test_both_end_with_the_same_network_also_after_a_kill(tmp_path: Path) -> Non
     assert_same(again[1], first)
     with pytest.raises(pj.PenjingError, match="holds another run, with other number of processes"):
         pj.compress(network(True), RECIPE, data=(X, Y), task="classification", resume=run)
+
+
+@pytest.mark.slow
+def test_both_learn_the_same_from_teachers(tmp_path: Path) -> None:
+    first, second = launch(tmp_path, "here.TAUGHT", norm=True)
+    assert_same(first, second)
+    start = network(True)
+    pruned = pj.compress(start, pj.Recipe(TAUGHT.steps[0])).network
+    learned = pruned.apply([SetWeights(parameter=n, value=t) for n, t in first[0].items() if t.is_floating_point()])
+    told, before, after = (n.run((X,))[0].softmax(1) for n in (start, pruned, learned))
+    assert (after - told).square().mean() < 0.5 * (before - told).square().mean()
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from penjing.analysis.expose import exposing
 from penjing.analysis.features import Comparison, Pair, feature_pairs
@@ -17,6 +16,7 @@ from penjing.data import Data
 from penjing.errors import DataError, RecipeError
 from penjing.network import Network, SetWeights
 from penjing.recipe import Context, Plan, Reason, matches, step
+from penjing.recipe.answers import AnswerLoss
 from penjing.recipe.continuation import continued
 from penjing.recipe.judging import scores_of
 from penjing.recipe.lessons import (
@@ -27,17 +27,17 @@ from penjing.recipe.lessons import (
     laid_out,
     learned,
     lessons,
+    one_pass,
     rates_of,
+    require_batch_size,
     require_trainable,
-    size_of,
-    slices,
-    with_penalty,
 )
 from penjing.recipe.resuming import network_digest
+from penjing.recipe.watching import watching
 from penjing.task import class_dimension, primary
-from penjing.tensors.distillation import LOGIT_LOSSES, Softening, matching, merged
+from penjing.tensors.distillation import LOGIT_LOSSES, Softening, merged
 from penjing.tensors.feature_losses import FEATURE_LOSSES
-from penjing.training import Batch, augment, call, train
+from penjing.training import Batch, Monitor, call, train
 
 #: Samples that a peer's metric is told of.
 _PEER_SAMPLES = 1000
@@ -118,9 +118,7 @@ class Distill(LearningStep):
             )
         weights = self.teacher_weights
         if not isinstance(weights, list) or any(not isinstance(w, int | float) or w <= 0 for w in weights):
-            raise RecipeError(
-                f"Distill.teacher_weights must be numbers above 0, got {self.teacher_weights!r}", hint="leave it away"
-            )
+            raise RecipeError(f"Distill.teacher_weights must be numbers above 0, got {weights!r}", hint="leave it away")
         if not isinstance(self.features, dict) and self.features not in (None, "auto"):
             raise RecipeError(
                 f"Distill.features must be 'auto' or a mapping, got {self.features!r}",
@@ -180,7 +178,7 @@ class Distill(LearningStep):
 class _Lesson:
     def __init__(self, settings: Distill, network: Network, context: Context) -> None:
         self.settings, self.network, self.context = settings, network, context
-        self.data = cast(Data, context.data)
+        self.data, self.held = settings.apart(cast(Data, context.data), context.seed)
         self.dim = class_dimension(context.task, network.task)
         named = [(n, context.networks(n, "Distill.teacher")) for n in settings.taught_by if n != "self"]
         self.teachers = [network for _, several in named for network in several]
@@ -201,19 +199,28 @@ class _Lesson:
             comparison = Comparison(self.pairs, settings.feature_loss) if self.pairs else None
         self.learner = Learner(modules[0], [p.module() for _, p in self.peers], shadow, comparison)
         self.weights = self._weights()
+        self.answer_loss = AnswerLoss(
+            logits=settings.logits if self.dim is not None else None,
+            softening=Softening(
+                temperature=settings.temperature,
+                student_temperature=settings.student_temperature,
+                dim=1 if self.dim is None else self.dim,
+                target_weight=settings.target_weight,
+                other_weight=settings.other_weight,
+            ),
+            alpha=settings.alpha,
+            by_labels=context.task.loss if context.task is not None else None,
+        )
         every = [self.learner.student, *self.learner.peers, *self.told, *([shadow] if shadow is not None else [])]
         self.fast = channels_last(self.data, *every)
         self._require_one_shape(every)
 
     def _pairs(self) -> list[Pair]:
-        if self.settings.features is None:
+        chosen, how = self.settings.features, self.settings.feature_loss
+        if chosen is None:
             return []
-        first = self.settings.taught_by[0]
-        teacher = self.network if first == "self" else self.teachers[0]
-        place = "Distill.features"
-        return feature_pairs(
-            self.network, teacher, self.first, self.settings.features, self.settings.feature_loss, field=place
-        )
+        teacher = self.network if self.settings.taught_by[0] == "self" else self.teachers[0]
+        return feature_pairs(self.network, teacher, self.first, chosen, how, field="Distill.features")
 
     def _weights(self) -> list[float]:
         """The weights of answers: of the networks first, of the student's own average last."""
@@ -234,12 +241,7 @@ class _Lesson:
                 raise RecipeError(
                     f"Distill.mutual: {network.name} is quantized and cannot learn", hint="let it be a teacher"
                 )
-            if not network.batch_is_dynamic and network.inputs[0].shape[0] != self.settings.batch_size:
-                raise RecipeError(
-                    f"Distill.batch_size must be {network.inputs[0].shape[0]}, got {self.settings.batch_size}: "
-                    f"{network.name} takes no other number",
-                    hint="capture the network with a batch size that may change",
-                )
+            require_batch_size(self.settings, network, self.settings.batch_size)
             if shape != shapes[0]:
                 one, other = ("×".join(map(str, s)) for s in (shape, shapes[0]))
                 raise RecipeError(
@@ -247,9 +249,12 @@ class _Lesson:
                     hint="teachers, peers and student must answer the same question, with as many classes",
                 )
 
+    def _own(self, outputs: Any, module: nn.Module) -> Any:
+        """A network's own outputs, without the inner values that are looked at besides."""
+        return outputs[0] if module in self.exposed else outputs
+
     def _main(self, outputs: Any, module: nn.Module) -> Tensor:
-        """A network's main output, without the inner values that are looked at besides."""
-        return primary(outputs[0] if module in self.exposed else outputs)
+        return primary(self._own(outputs, module))
 
     # -------------------------------------------------------------------------------------------------------- training
     def plan(self) -> Plan:
@@ -264,11 +269,15 @@ class _Lesson:
         named = [("student", self.network), *((f"peers.{i}", p) for i, p in enumerate(peers))]
         own = {(place, n) for place, network in named for n in network.parameter_names}
         rates = {f"{at}.{n}": rate for at, network in named for n, rate in rates_of(network).items()}
-        added = self.context.penalty
+        added = context.penalty
+        monitor = self._monitor()
+        checkpoint, tracking = (
+            context.trainings.of(settings, self.network, context) if context.trainings else (None, None)
+        )
         trained = train(
             learner,
             self._batches(),
-            with_penalty(self._loss, added and (lambda module: added(cast(Learner, module).student))),
+            self._loss,
             settings.training(context.seed),
             steps_per_epoch=count_batches(self.data, settings.batch_size),
             keep={f"{at}.{n}": m for at, network in named for n, m in network.masks.items() if (at, n) in own},
@@ -276,12 +285,34 @@ class _Lesson:
             frozen=self._frozen,
             companions=tuple(self.told),
             after_step=self._after_step,
+            penalty=added and (lambda module: added(cast(Learner, module).student)),
+            monitor=monitor,
+            checkpoint=checkpoint,
+            tracking=tracking,
             progress=context.progress,
             description=f"distilling {self.network.name}",
         )
         notes = [f"{a.name} compared with {b.name}" for a, b in self.pairs]
-        plan = learned(settings, self.network, learner.student, trained, notes)
+        plan = learned(settings, self.network, learner.student, trained, notes, monitor)
         return Plan(step=settings, edits=plan.edits, reasons=(*plan.reasons, *self._said_of_peers()), notes=plan.notes)
+
+    def _monitor(self) -> Monitor | None:
+        if self.held is None:
+            return None
+
+        def outputs(module: nn.Module, inputs: Any) -> Any:
+            student = cast(Learner, module).student
+            return self._own(call(student, laid_out(inputs, self.fast)), student)
+
+        return watching(
+            self.held,
+            self.context.task,
+            lambda module, batch: self._loss(module, (laid_out(batch[0], self.fast), batch[1], (), None)),
+            outputs,
+            batch_size=self.settings.batch_size,
+            fixed=not self.free,
+            patience=self.settings.patience,
+        )
 
     def _frozen(self, name: str) -> bool:
         place, _, path = name.partition(".")
@@ -301,28 +332,21 @@ class _Lesson:
 
     def _batches(self) -> Callable[[int], Iterator[Batch]]:
         """Batches (inputs, labels, teachers' answers, inputs as they were where `augment` has varied them)."""
-        settings, seed = self.settings, self.context.seed
+        settings = self.settings
         constant = bool(self.told) and not settings.augment and not self.pairs and self.free
         constant &= settings.cache is not None or (settings.epochs > 1 and fits_in_memory(self.data))
         kept: list[Batch] = []  # once they are needed
 
+        shown = settings.augment is not None and self.learner.shadow is not None and self.dim == 1
+
         def of_epoch(epoch: int) -> Iterator[Batch]:
-            own = seed * 7919 + epoch
-            generator = torch.Generator().manual_seed(own)
             if constant and not kept:
                 kept.append(self._answers())
-            if kept:
-                whole = slices(kept[0], settings.batch_size, generator)
-            else:
-                whole = ((x, y, ()) for x, y in self.data.batches(settings.batch_size, shuffle=True, seed=own))
-            for number, (inputs, labels, answers) in enumerate(whole):
-                if (number and size_of(inputs) == 1) or (not self.free and size_of(inputs) != settings.batch_size):
-                    continue  # one sample has no variance: it would spoil the statistics of batch norms
-                plain = None
-                if settings.augment is not None:
-                    plain = laid_out(inputs, self.fast) if self.learner.shadow is not None and self.dim == 1 else None
-                    inputs = pytree.tree_map(lambda x: augment(x, settings.augment or "", generator), inputs)
-                yield laid_out(inputs, self.fast), labels, answers, plain
+            known, own = kept[0] if kept else None, self.context.seed * 7919 + epoch
+            for inputs, labels, answers, plain in one_pass(
+                self.data, known, settings.batch_size, seed=own, free=self.free, augmentation=settings.augment
+            ):
+                yield laid_out(inputs, self.fast), labels, answers, laid_out(plain, self.fast) if shown else None
 
         return of_epoch
 
@@ -351,38 +375,11 @@ class _Lesson:
             answers = [self._main(g, t) for g, t in zip(given, self.told, strict=True)]
         outputs, own, compared = module(inputs, told, plain)
         answers = [*answers, *([] if own is None else [primary(own)])]
-        teacher = [merged(answers, self.weights, self.settings.temperature, self.dim)] if answers else []
-        said = [primary(o) for o in outputs]
-        parts = []
-        for number, whole in enumerate(outputs):
-            others = [s.detach() for i, s in enumerate(said) if i != number]
-            soft = torch.stack([self._soft(said[number], s, labels) for s in (*teacher, *others)]).mean()
-            # At alpha = 1 the labels are not even looked at, so that they may be anything.
-            if not self._labelled(labels):
-                parts.append(soft)
-            else:
-                task = cast(Any, self.context.task)
-                parts.append(self.settings.alpha * soft + (1 - self.settings.alpha) * task.loss(whole, labels))
+        teacher = merged(answers, self.weights, self.settings.temperature, self.dim) if answers else None
+        loss = self.answer_loss(outputs, teacher, labels)
         if compared is not None and self.learner.comparison is not None:
-            parts.append(self.settings.feature_weight * self.learner.comparison.loss(compared))
-        return torch.stack(parts).sum()
-
-    def _labelled(self, labels: Any) -> bool:
-        return self.context.task is not None and labels is not None and self.settings.alpha < 1
-
-    def _soft(self, student: Tensor, teacher: Tensor, labels: Any) -> Tensor:
-        settings = self.settings
-        if self.dim is None:
-            return matching(student, teacher)
-        how = Softening(
-            temperature=settings.temperature,
-            student_temperature=settings.student_temperature,
-            dim=self.dim,
-            target_weight=settings.target_weight,
-            other_weight=settings.other_weight,
-        )
-        known = torch.as_tensor(labels) if self._labelled(labels) else None
-        return LOGIT_LOSSES.get(settings.logits)(student, teacher, how, known)
+            loss = loss + self.settings.feature_weight * self.learner.comparison.loss(compared)
+        return loss
 
     def _said_of_peers(self) -> Iterator[Reason]:
         """What every peer has come to, on samples that it learned from."""

@@ -15,7 +15,6 @@ from penjing.data import Data
 from penjing.errors import DataError, RecipeError
 from penjing.network import Network
 from penjing.recipe import Context, Plan, matches, step
-from penjing.recipe.judging import HELD_OUT
 from penjing.recipe.lessons import (
     LearningStep,
     channels_last,
@@ -24,17 +23,14 @@ from penjing.recipe.lessons import (
     laid_out,
     learned,
     lessons,
+    one_pass,
     rates_of,
     require_trainable,
-    row,
-    size_of,
-    slices,
-    with_penalty,
 )
 from penjing.recipe.watching import watching
 from penjing.task import class_dimension, primary
 from penjing.tensors.distillation import matching, soft_labels
-from penjing.training import Batch, augment, call, train
+from penjing.training import Batch, call, train
 
 #: At most so many residual sums are compared: each takes as long as a layer, and neighbours say nearly the same.
 _MOST_HINTS = 8
@@ -68,8 +64,6 @@ class Finetune(LearningStep):
     temperature: float = 4.0
     alpha: float = 0.9
     hints: float = 0.0
-    held_out: float | None = None
-    patience: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +71,6 @@ class Finetune(LearningStep):
         self.require_between("temperature", 0, float("inf"), open_low=True)
         self.require_between("alpha", 0, 1)
         self.require_between("hints", 0, float("inf"))
-        self.require_between("held_out", 0, 1, open_low=True, open_high=True)
-        self.require_between("patience", 1, float("inf"))
         if self.hints and self.teacher is None:
             raise RecipeError("Finetune.hints needs a teacher to take them from", hint="teacher: original")
 
@@ -86,9 +78,7 @@ class Finetune(LearningStep):
         """Trains a copy; the Plan holds the new values of every tensor that changed."""
         self.check(context)
         require_trainable(self, network, self.batch_size)
-        data, held = cast(Data, context.data), None
-        if self.held_out is not None or self.patience is not None:
-            ((data, held),) = data.split([self.held_out or HELD_OUT], seed=context.seed)
+        data, held = self.apart(cast(Data, context.data), context.seed)
         looked_at, taught = network, context.original
         sums: dict[str, tuple[int, Tensor] | None] = {}
         if self.hints:
@@ -104,7 +94,7 @@ class Finetune(LearningStep):
         teacher = taught.module() if self.teacher else None
         fast = channels_last(data, student, *([teacher] if teacher else []))
         batches = self._batches(data, teacher, context, fast)
-        loss = with_penalty(self._loss(network, context, teacher, sums), context.penalty)
+        loss = self._loss(network, context, teacher, sums)
         own = set(network.parameter_names)
         monitor = None
         if held is not None:
@@ -117,7 +107,7 @@ class Finetune(LearningStep):
                 fixed=not (network.batch_is_dynamic and context.original.batch_is_dynamic),
                 patience=self.patience,
             )
-        checkpoint, tracking = context.trainings.of(self, network, context) if context.trainings else (None, None)
+        checkpoint, tracking = context.kept(self, network)
         trained = train(
             student,
             batches,
@@ -129,17 +119,14 @@ class Finetune(LearningStep):
             frozen=lambda name: not matches(self.where, name),
             companions=(teacher,) if teacher is not None else (),
             after_step=context.after_step,
+            penalty=context.penalty,
             monitor=monitor,
             checkpoint=checkpoint,
             tracking=tracking,
             progress=context.progress,
             description=f"fine-tuning {network.name}",
         )
-        notes = []
-        if monitor is not None:
-            kept = f"the weights after epoch {trained.best} are kept" if trained.best else "none is a number"
-            notes = [f"{monitor.metric} on held-out samples by epochs: {row(trained.metrics)}; {kept}"]
-        return learned(self, network, student, trained, notes)
+        return learned(self, network, student, trained, monitor=monitor)
 
     def check(self, context: Context) -> None:
         """Training needs samples, and labels with a task unless a teacher is followed."""
@@ -172,21 +159,13 @@ class Finetune(LearningStep):
             return primary(call(cast(nn.Module, teacher), laid_out(inputs, fast)))
 
         def of_epoch(epoch: int) -> Iterator[Batch]:
-            generator = torch.Generator().manual_seed(seed * 7919 + epoch)
             if constant and not kept and fits_in_memory(data):
-                inputs, labels, (answer,) = lessons(data, [ask], context.progress, seed=seed)
-                kept.append((inputs, labels, answer))
-            whole = (
-                slices(kept[0], self.batch_size, generator)
-                if kept
-                else ((x, y, None) for x, y in data.batches(self.batch_size, shuffle=True, seed=seed * 7919 + epoch))
-            )
-            for number, (inputs, labels, answer) in enumerate(whole):
-                if (number and size_of(inputs) == 1) or (not free and size_of(inputs) != self.batch_size):
-                    continue  # one sample has no variance: it would spoil the statistics of batch norms
-                if self.augment is not None:
-                    inputs = pytree.tree_map(lambda x: augment(x, self.augment or "", generator), inputs)
-                yield laid_out(inputs, fast), labels, answer
+                kept.append(lessons(data, [ask], context.progress, seed=seed))
+            known, own = kept[0] if kept else None, seed * 7919 + epoch
+            for inputs, labels, answers, _ in one_pass(
+                data, known, self.batch_size, seed=own, free=free, augmentation=self.augment
+            ):
+                yield laid_out(inputs, fast), labels, answers[0] if answers else None
 
         return of_epoch
 

@@ -59,6 +59,11 @@ class TrainLowEntropy(Step):
             raise RecipeError(
                 f"TrainLowEntropy.finetune must be a Step that trains, got {got}", hint="finetune: Finetune"
             )
+        if getattr(self.finetune, "watches", False):
+            raise RecipeError(
+                "TrainLowEntropy.finetune keeps what measured best, which is what was before anything got small",
+                hint="leave held_out and patience away",
+            )
         self.require_between("rate", 0, float("inf"))
         self.require_whole("samples", 1)
 
@@ -164,7 +169,7 @@ class _Watch:
 
     def penalty(self, module: nn.Module) -> Tensor:
         """`rate` × kilobytes."""
-        held = dict(getattr(module, "module", module).named_parameters())
+        held = dict(module.named_parameters())
         strength = self._settings.rate * min(1.0, self._done / _RISE) / 8000
         if not strength:
             return torch.zeros((), device=next(iter(held.values())).device)

@@ -14,10 +14,11 @@ from penjing.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.registry import did_you_mean
 from penjing.task import Task
-from penjing.training import AfterStep
+from penjing.training import AfterStep, Checkpoint, Tracking
 
 if TYPE_CHECKING:
     from penjing.recipe.resuming import Trainings
+    from penjing.recipe.steps import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class Context:
     penalty: Callable[[nn.Module], Tensor] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     teachers: Mapping[str, tuple[Network, ...]] = field(default_factory=dict)
+
+    def kept(self, step: Step, network: Network) -> tuple[Checkpoint | None, Tracking | None]:
+        """The checkpoint and the curves of the training of `network` by `step`, if they are kept anywhere."""
+        return self.trainings.of(step, network, self) if self.trainings else (None, None)
 
     def networks(self, name: str, place: str) -> tuple[Network, ...]:
         """The networks that a Step calls `name`: "original", or those given under it; raises RecipeError that begins

@@ -20,6 +20,7 @@ from penjing.errors import RecipeError
 from penjing.files import appearing
 from penjing.network import Network, SetWeights
 from penjing.progress import Progress
+from penjing.recipe.judging import HELD_OUT
 from penjing.recipe.plans import Plan, Reason
 from penjing.recipe.steps import Step, matches
 from penjing.training import (
@@ -28,8 +29,10 @@ from penjing.training import (
     PRECISIONS,
     SCHEDULES,
     Batch,
+    Monitor,
     Trained,
     Training,
+    augment,
     call,
     randomness,
 )
@@ -43,7 +46,12 @@ _BATCH = 100
 @dataclass(frozen=True, kw_only=True)
 class LearningStep(Step):
     """A Step that trains what `where` selects for `epochs` passes (a fraction is fine) over the samples, in batches of
-    `batch_size`: what all such Steps have."""
+    `batch_size`: what all such Steps have.
+
+    `held_out` keeps a share of the samples apart and measures the task's metric on them after every epoch (without
+    labels or a task, the loss): the result is what measured best. `patience` ends the training after so many epochs
+    that were no better (a fifth is held out if nothing else is said).
+    """
 
     learns: ClassVar[bool] = True
 
@@ -57,6 +65,8 @@ class LearningStep(Step):
     average: float = 0.0
     schedule: str = "cosine"
     accumulate: int = 1
+    held_out: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         infinity = float("inf")
@@ -70,6 +80,8 @@ class LearningStep(Step):
         self.require_between("average", 0, 1, open_high=True)
         self.require_one_of("schedule", SCHEDULES.names())
         self.require_whole("accumulate", 1)
+        self.require_between("held_out", 0, 1, open_low=True, open_high=True)
+        self.require_between("patience", 1, infinity)
 
     def training(self, seed: int) -> Training:
         """How to train."""
@@ -84,6 +96,18 @@ class LearningStep(Step):
             schedule=self.schedule,
             accumulate=self.accumulate,
         )
+
+    @property
+    def watches(self) -> bool:
+        """Whether samples are held out, to keep what measured best on them."""
+        return self.held_out is not None or self.patience is not None
+
+    def apart(self, data: Data, seed: int) -> tuple[Data, Data | None]:
+        """The samples to train on, and those that are held out, if any are."""
+        if not self.watches:
+            return data, None
+        ((rest, held),) = data.split([self.held_out or HELD_OUT], seed=seed)
+        return rest, held
 
 
 def fits_in_memory(data: Data) -> bool:
@@ -206,6 +230,26 @@ def slices(whole: Batch, batch_size: int, generator: torch.Generator) -> Iterato
         yield _part(whole, chosen)
 
 
+def one_pass(
+    data: Data, kept: Batch | None, batch_size: int, *, seed: int, free: bool, augmentation: str | None
+) -> Iterator[Batch]:
+    """Batches (inputs, labels, answers, inputs as they were before `augmentation`) of one pass, in an order of `seed`:
+    of what `lessons` gave, or of `data` without answers; only whole batches unless the networks are `free` in that."""
+    generator = torch.Generator().manual_seed(seed)
+    whole: Iterator[Batch] = (
+        slices(kept, batch_size, generator)
+        if kept is not None
+        else ((x, y, ()) for x, y in data.batches(batch_size, shuffle=True, seed=seed))
+    )
+    for number, (plain, labels, answers) in enumerate(whole):
+        if (number and size_of(plain) == 1) or (not free and size_of(plain) != batch_size):
+            continue  # one sample has no variance: it would spoil the statistics of batch norms
+        inputs = plain
+        if augmentation is not None:
+            inputs = pytree.tree_map(lambda x: augment(x, augmentation, generator), plain)
+        yield inputs, labels, answers, plain
+
+
 def count_batches(data: Data, batch_size: int) -> int:
     """How many batches a pass over `data` has."""
     try:
@@ -272,12 +316,7 @@ def require_trainable(step: Step, network: Network, batch_size: int) -> None:
         raise RecipeError(
             f"{step.name} cannot train a network that is already quantized", hint=f"put {step.name} before Quantize"
         )
-    if not network.batch_is_dynamic and network.inputs[0].shape[0] != batch_size:
-        fixed = network.inputs[0].shape[0]
-        raise RecipeError(
-            f"{step.name}.batch_size must be {fixed}, got {batch_size}: {network.name} takes no other number",
-            hint="capture the network with a batch size that may change",
-        )
+    require_batch_size(step, network, batch_size)
     if not any(matches(step.where, name) for name in network.parameter_names):
         raise RecipeError(
             f"{step.name}.where selects no parameter, got {step.where!r}",
@@ -285,8 +324,28 @@ def require_trainable(step: Step, network: Network, batch_size: int) -> None:
         )
 
 
-def learned(step: Step, network: Network, student: nn.Module, trained: Trained, notes: Sequence[str] = ()) -> Plan:
+def require_batch_size(step: Step, network: Network, batch_size: int) -> None:
+    """Raises RecipeError unless `network` runs batches of that size."""
+    fixed = network.inputs[0].shape[0]
+    if not network.batch_is_dynamic and fixed != batch_size:
+        raise RecipeError(
+            f"{step.name}.batch_size must be {fixed}, got {batch_size}: {network.name} takes no other number",
+            hint="capture the network with a batch size that may change",
+        )
+
+
+def learned(
+    step: Step,
+    network: Network,
+    student: nn.Module,
+    trained: Trained,
+    notes: Sequence[str] = (),
+    monitor: Monitor | None = None,
+) -> Plan:
     """The Plan that gives `network` what `student`, its trained copy, has learned where `step.where` selects it."""
+    if monitor is not None:
+        kept = f"the weights after epoch {trained.best} are kept" if trained.best else "none is a number"
+        notes = [*notes, f"{monitor.metric} on held-out samples by epochs: {row(trained.metrics)}; {kept}"]
     before = network.tensors()
     after = {**dict(student.named_parameters()), **dict(student.named_buffers())}
     edits, reasons = [], []
@@ -304,10 +363,3 @@ def learned(step: Step, network: Network, student: nn.Module, trained: Trained, 
 def row(values: Sequence[float]) -> str:
     """Numbers for a note."""
     return ", ".join(f"{value:.4g}" for value in values)
-
-
-def with_penalty(
-    loss: Callable[[nn.Module, Batch], Tensor], penalty: Callable[[nn.Module], Tensor] | None
-) -> Callable[[nn.Module, Batch], Tensor]:
-    """The loss, and what a Step around the training adds to it (`Context.penalty`)."""
-    return loss if penalty is None else lambda module, batch: loss(module, batch) + penalty(module)

@@ -58,6 +58,7 @@ def train(
     frozen: Callable[[str], bool] = lambda name: False,
     companions: tuple[nn.Module, ...] = (),
     after_step: AfterStep | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
     rates: Mapping[str, float] | None = None,
     monitor: Monitor | None = None,
     checkpoint: Checkpoint | None = None,
@@ -71,7 +72,8 @@ def train(
     `batches(epoch)` yields the batches of one pass, about `steps_per_epoch`; `loss(module, batch)` a scalar. `keep`
     holds boolean masks by parameter name: where False, the weight stays zero after every step. Parameters for which
     `frozen(name)` is true stay as they are. `rates` multiplies the learning rate of single parameters. `companions` (a
-    teacher) are moved to the same device. `after_step` may change weights after each step (a penalty's proximal step).
+    teacher) are moved to the same device. `after_step` may change weights after each step (a penalty's proximal step);
+    what `penalty` makes of the module is added to each loss.
     The same seed gives the same result.
 
     With a `monitor` a metric is measured after every pass, and the weights that were best are what remains. `tracking`
@@ -95,7 +97,8 @@ def train(
         raise RecipeError("there is nothing to train: no parameter is selected", hint="widen 'where', or drop the step")
     # The caller's random numbers stay as they were, whatever dropout draws here.
     with randomness.seeded(training.seed):
-        run = _Run(module, loss, training, groups, steps_per_epoch, keep or {}, companions, after_step, monitor, alone)
+        run = _Run(module, loss, training, groups, steps_per_epoch, keep or {}, companions, monitor, alone)
+        run.after_step, run.penalty = after_step, penalty
         try:
             with (
                 autocast((run.prepared, *companions), run.accelerator.device, training.precision),
@@ -136,12 +139,13 @@ class _Run:
         steps_per_epoch: int,
         masks: Mapping[str, Tensor],
         companions: tuple[nn.Module, ...],
-        after_step: AfterStep | None,
         monitor: Monitor | None,
         alone: bool,
     ) -> None:
         self.module, self.loss, self.training = module, loss, training
-        self.after_step, self.monitor = after_step, monitor
+        self.monitor = monitor
+        self.after_step: AfterStep | None = None
+        self.penalty: Callable[[nn.Module], Tensor] | None = None
         # A network may have outputs that no loss looks at, and then parameters without a gradient.
         self.accelerator = accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.team = Team(self.accelerator, alone)
@@ -207,7 +211,10 @@ class _Run:
         current = 0.0
         for number, batch in enumerate(group):
             with self._without_exchange(number < len(group) - 1):
-                value = self.loss(self.prepared, _to(batch, self.accelerator.device)) * (sizes[number] / sum(sizes))
+                value = self.loss(self.prepared, _to(batch, self.accelerator.device))
+                if self.penalty is not None:
+                    value = value + self.penalty(self.module)
+                value = value * (sizes[number] / sum(sizes))
                 current += float(value.detach())
                 if not math.isfinite(current):
                     raise Diverged(
