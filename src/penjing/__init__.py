@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from penjing.errors import PenjingError
     from penjing.evaluation import Report, Sensitivity, evaluate, sensitivity
     from penjing.methods import (
+        CodeWeights,
         Distill,
         Equalize,
         Factorize,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bundle": "penjing.deployment",
+    "CodeWeights": "penjing.methods",
     "Distill": "penjing.methods",
     "Equalize": "penjing.methods",
     "Factorize": "penjing.methods",
@@ -80,6 +82,7 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "CodeWeights",
     "Distill",
     "Equalize",
     "Factorize",

@@ -112,6 +112,30 @@ def expected_harms(
     return {name: [h / max(size, 1e-300) for h in several] for name, several in found.items()}
 
 
+def noise_harms(
+    network: Network, names: Iterable[str], batches: Batches, *, seed: int = 0, progress: Progress = SILENT
+) -> dict[str, float]:
+    """By tensor: the harm of independent noise of variance one on all its values, from one backward pass a batch.
+
+    That is the trace of the Gauss-Newton matrix, which for a vector r of random signs is the mean of |Jᵀ r|²
+    (Hutchinson's estimator; see `expected_harms`).
+    """
+    tensors = network.tensors()
+    leaves = {n: tensors[n].detach().requires_grad_() for n in names}
+    found, size, generator = dict.fromkeys(leaves, 0.0), 0.0, torch.Generator().manual_seed(seed)
+    with progress.task("probing the outputs", len(batches)) as advance:
+        for batch in batches:
+            outputs = _floating(functional_call(network.graph_module, leaves, tuple(batch.values())))
+            size += _square(outputs)
+            signs = [_signs(o.shape, generator).to(o) for o in outputs]
+            total = torch.stack([(o * s).sum() for o, s in zip(outputs, signs, strict=True)]).sum()
+            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                found[name] += 0.0 if gradient is None else _square([gradient])
+            advance(1)
+    return {name: value / max(size, 1e-300) for name, value in found.items()}
+
+
 @torch.no_grad()
 def output_harm(network: Network, other: Network, batches: Batches, *, classes: int | None = None) -> float:
     """The mean squared difference of the outputs of `other` from those of `network`, relative to these; with `classes`

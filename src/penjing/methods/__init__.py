@@ -2,6 +2,7 @@
 from here.
 """
 
+from penjing.methods.code_weights import CodeWeights
 from penjing.methods.distill import Distill
 from penjing.methods.equalize import Equalize
 from penjing.methods.factorize import Factorize
@@ -23,6 +24,7 @@ from penjing.methods.train_quantized import TrainQuantized
 from penjing.recipe import Plan, Recipe, Step
 
 __all__ = [
+    "CodeWeights",
     "Distill",
     "Equalize",
     "Factorize",

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from penjing.analysis.fake_quantize import Simulated, WeightGrid, quantizable, simulate
+from penjing.analysis.fake_quantize import Simulated, WeightGrid, simulate
 from penjing.analysis.grid_edits import weight_edit
 from penjing.analysis.passes import fold_batch_norms
-from penjing.analysis.placement import place
 from penjing.analysis.unread import unread_units
 from penjing.errors import DataError, RecipeError
 from penjing.network import Edit, Network, RemoveChannels, SetWeights
-from penjing.recipe import Context, Plan, Reason, Step, matches, step
+from penjing.recipe import Context, Plan, Reason, Step, step
 from penjing.recipe.judging import scores_of
+from penjing.recipe.stored_layers import stored_weights
 from penjing.tensors.coding_rates import rate
 from penjing.tensors.grids import Grid, quantize
 from penjing.tensors.sparse_coding import coded_bits
@@ -85,7 +85,7 @@ class TrainLowEntropy(Step):
             )
         folds = fold_batch_norms(network)
         folded = network.apply(folds) if folds else network
-        made = simulate(folded, {n: _grid(like) for n, like in self._selected(folded).items()})
+        made = simulate(folded, self._grids(folded))
         watch = _Watch(self, folded, made, context)
         inner = replace(
             context,
@@ -110,41 +110,16 @@ class TrainLowEntropy(Step):
         notes = [*trained.notes, *watch.notes, f"{gone} channels that nothing read are removed"]
         return Plan(step=self, edits=tuple(edits), reasons=tuple(reasons), notes=tuple(notes))
 
-    def _selected(self, folded: Network) -> dict[str, Tensor]:
-        """Weights of layers and their biases, by name, each with what its grid starts from: itself, or for a bias of
-        zeros its weight."""
-        placement = place(
-            folded.graph_module,
-            floating=[i.name for i in folded.inputs if i.dtype.is_floating_point],
-            parameters=folded.parameter_names,
-            selected=lambda name: matches(self.where, name),
-            activations=False,
-        )
-        names = quantizable(folded, placement)
-        tensors, found = folded.tensors(), dict[str, Tensor]()
-        nodes = {n.name: n for n in folded.graph_module.graph.nodes}
-        for layer in placement.layers:
-            if layer.parameter in names and bool(tensors[layer.parameter].any()):
-                weight = found[layer.parameter] = tensors[layer.parameter].detach()
-                for name in _biases(nodes[layer.node], tensors):
-                    bias = tensors[name].detach()
-                    found[name] = bias if bool(bias.any()) else weight
-        if not found:
-            raise RecipeError(
-                f"TrainLowEntropy finds no weights in {folded.name}",
-                hint=f"where={self.where!r} selects no layer with weights of its own that are not all zero",
-            )
+    def _grids(self, folded: Network) -> dict[str, WeightGrid]:
+        """What weights and biases start from; a bias of zeros from its weight."""
+        tensors, found = folded.tensors(), dict[str, WeightGrid]()
+        for name, biases in stored_weights(self, folded).items():
+            weight = tensors[name].detach()
+            found[name] = _grid(weight)
+            for bias in biases:
+                like = tensors[bias].detach()
+                found[bias] = _grid(like if bool(like.any()) else weight)
         return found
-
-
-def _biases(node: fx.Node, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The bias of a layer, if no other operator reads it."""
-    read = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr" and len(a.users) == 1]
-    return [
-        str(a.target)
-        for a in read
-        if isinstance(tensors[str(a.target)], nn.Parameter) and tensors[str(a.target)].ndim == 1
-    ]
 
 
 def _grid(x: Tensor) -> WeightGrid:
