@@ -13,9 +13,9 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "penjing"
 ORDER = [
-    "_version", "errors", "registry", "progress", "files", "budget", "tensors", "network", "training", "analysis",
-    "task", "data", "recipe", "runtimes", "methods", "compression", "package", "evaluation", "report", "search",
-    "deployment", "serving", "cli", "testing",
+    "_version", "errors", "registry", "progress", "files", "digests", "budget", "tensors", "network", "training",
+    "analysis", "task", "data", "recipe", "runtimes", "methods", "compression", "package", "evaluation", "report",
+    "search", "deployment", "serving", "cli", "testing",
 ]  # fmt: skip
 APART = {"methods", "runtimes"}  # siblings in here never import each other, but for what is named below
 SHARED = {

@@ -16,6 +16,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "docs" / "tour.md",
     ROOT / "docs" / "training.md",
+    ROOT / "docs" / "sealing.md",
     *sorted((ROOT / "docs" / "adr").glob("*.md")),
 ]
 
@@ -53,6 +54,24 @@ def test_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(list((tmp_path / "run").glob("step-0?.safetensors"))) == 3
 
 
+def test_the_page_on_sealing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks build on each other: Python and commands in the order of the page."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "document"}
+    page = ROOT / "docs" / "sealing.md"
+    blocks = [(line, code, kind) for kind in ("python", "sh") for line, code in _blocks(page, kind)]
+    for line, code, kind in sorted(blocks):
+        if kind == "python":
+            exec(compile("\n" * line + code, "sealing.md", "exec"), names)
+            continue
+        for command in code.splitlines():
+            assert main(shlex.split(command)[1:]) == 0, f"{command}\n{capfd.readouterr().err}"
+    assert (tmp_path / "again.penjing").read_bytes() == (tmp_path / "net.penjing").read_bytes()
+    assert (tmp_path / "bom.json").is_file()
+
+
 @pytest.mark.slow
 def test_command_line_blocks_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -81,4 +100,5 @@ def test_pages_keep_their_size() -> None:
     assert lines.pop("README.md") < 120
     assert lines.pop("tour.md") < 300
     assert lines.pop("training.md") < 100
+    assert lines.pop("sealing.md") < 120
     assert all(n < 45 for n in lines.values()), "a decision is at most one screen"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from penjing import digests
 from penjing.analysis.footprint import footprint
 from penjing.data import Data
 from penjing.errors import InputError, PenjingError, RecipeError
@@ -98,6 +99,7 @@ def compress(
     rows: list[dict[str, Any]] = []
     before = _look(current, held_out, known, progress)
     for number, step in enumerate(recipe, 1):
+        came_from = digests.digest(*(network if number == 1 else current).state())
         started = time.perf_counter()
         done = kept.done(number) if kept else None
         own = replace(context, trainings=kept.trainings(number)) if kept else context
@@ -110,7 +112,9 @@ def compress(
             progress.note(f"step {number} ({step.name}) is done: {resume} holds its plan")
         elif kept:
             kept.keep(number, plan, seconds)
-        current = current.record({"event": "step", "name": step.name, "settings": step.done(), "seed": seed})
+        current = current.record(
+            {"event": "step", "name": step.name, "settings": step.done(), "seed": seed, "before": came_from}
+        )
         after = _look(current, held_out, known, progress)
         plans.append(plan)
         rows.append(

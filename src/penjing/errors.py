@@ -11,6 +11,9 @@ PenjingError
 ├── ExportError         a network that a runtime's format cannot hold
 │   └── ParityError     exported, but the runtime's outputs depart from the network's own
 ├── PackageError        a .penjing file that is damaged, hostile or too new
+│   ├── SignatureError  a signature that is malformed, by another key, of something else, or too old
+│   └── SealError       a sealed package that these keys do not open, or that was changed
+├── KeyFileError        a file of keys that cannot be read, or not with this passphrase
 ├── BudgetError         constraints that cannot be read
 └── OutputError         a result that could not be written whole
 
@@ -71,6 +74,18 @@ class ParityError(ExportError):
 
 class PackageError(PenjingError):
     """A .penjing file that is damaged, hostile or too new."""
+
+
+class SignatureError(PackageError):
+    """A signature that is malformed, by another key, of something else, or too old."""
+
+
+class SealError(PackageError):
+    """A sealed package that these keys do not open, or that was changed."""
+
+
+class KeyFileError(PenjingError):
+    """A file of keys that cannot be read, or not with this passphrase."""
 
 
 class BudgetError(PenjingError):

@@ -13,7 +13,10 @@ from penjing import __version__
 from penjing.cli import app
 from penjing.errors import InputError
 
-VERBS = ("compress", "evaluate", "deploy", "sensitivity", "pack", "unpack", "inspect", "demo", "doctor")
+VERBS = (
+    "compress", "evaluate", "deploy", "sensitivity", "pack", "unpack", "inspect",
+    "keygen", "sign", "verify", "encrypt", "decrypt", "demo", "doctor",
+)  # fmt: skip
 
 
 def test_help_names_every_verb(penjing):

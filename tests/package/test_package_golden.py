@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from penjing.package import archive, codecs, decode, encode, inspect
+from penjing.package import archive, codecs, decode, encode, inspect, keys, sealing
 
 FILE = Path(__file__).parent / "golden" / "tiny.penjing"
 ZSTD = (1, 5, 7)  # the release whose frames are in the file
@@ -76,3 +76,10 @@ def test_the_golden_sparse_package_is_read(equal):
     assert inspect(file).tensors[0].codec == "sparse"
     _, index, _ = archive.open_bytes(file.read_bytes())
     assert codecs.NAMES[index.topology.codec] == "phrases"
+
+
+def test_the_golden_sealed_package_is_opened():
+    folder = FILE.parent
+    sealed = (folder / "sealed.penjing").read_bytes()
+    opened = sealing.unseal(sealed, keys.identities(folder / "sealed.key"))
+    assert opened == (folder / "sparse.penjing").read_bytes()

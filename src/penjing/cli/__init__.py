@@ -6,7 +6,9 @@ models.py    MODEL arguments -> Network
 outputs.py   FILE and DIR arguments that will be written: refused early, never half-written
 views.py     reports, networks and packages as tables for people
 digits.py    the network and the data of `penjing demo`
-compress.py evaluate.py deploy.py pack.py unpack.py inspect.py demo.py doctor.py   the verbs
+passphrases.py  passphrases of keys: from a file, or asked for
+compress.py evaluate.py deploy.py pack.py unpack.py inspect.py keygen.py sign.py verify.py encrypt.py decrypt.py demo.py
+doctor.py    the verbs
 
 Verbs import what is heavy (torch, the runtimes) inside their functions: `penjing --help` must answer at once.
 """

@@ -23,7 +23,22 @@ from typing import Annotated
 import typer
 
 from penjing._version import __version__
-from penjing.cli import compress, demo, deploy, doctor, evaluate, inspect, pack, sensitivity, unpack
+from penjing.cli import (
+    compress,
+    decrypt,
+    demo,
+    deploy,
+    doctor,
+    encrypt,
+    evaluate,
+    inspect,
+    keygen,
+    pack,
+    sensitivity,
+    sign,
+    unpack,
+    verify,
+)
 from penjing.cli.screen import Screen
 from penjing.errors import OutputError, PenjingError
 
@@ -43,6 +58,11 @@ for _verb, _group in (
     (pack.pack, "Files"),
     (unpack.unpack, "Files"),
     (inspect.inspect, "Files"),
+    (keygen.keygen, "Who made it, and who may read it"),
+    (sign.sign, "Who made it, and who may read it"),
+    (verify.verify, "Who made it, and who may read it"),
+    (encrypt.encrypt, "Who made it, and who may read it"),
+    (decrypt.decrypt, "Who made it, and who may read it"),
     (demo.demo, "Start here"),
     (doctor.doctor, "Start here"),
 ):

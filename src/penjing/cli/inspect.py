@@ -11,6 +11,7 @@ from rich.table import Table
 
 from penjing.cli import options
 from penjing.cli.models import load_network
+from penjing.cli.outputs import output_file
 from penjing.cli.screen import Screen
 from penjing.cli.show import show_report
 from penjing.cli.tables import facts, table
@@ -33,6 +34,15 @@ def inspect(
     groups: Annotated[
         bool, typer.Option("--groups", help="Also the channel groups: what can only be removed together.")
     ] = False,
+    provenance: Annotated[
+        bool, typer.Option("--provenance", help="Also where it comes from: the original, every step, the digests.")
+    ] = False,
+    bom: Annotated[
+        str | None,
+        typer.Option(
+            "--bom", metavar="FILE", help="Also write a package's or bundle's bill of materials, in CycloneDX."
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> int:
     """Shows what is inside a network, a bundle or a package.
@@ -43,14 +53,21 @@ def inspect(
     from penjing.analysis.footprint import footprint
     from penjing.data import load_data
     from penjing.evaluation import describe
+    from penjing.package.provenance import trace
 
     screen: Screen = context.obj
     found: dict[str, Any] = {"schema": 1, "what": model}
     path = Path(model).expanduser()
+    written = None if bom is None else output_file(bom, suffixes=(".json",))
+    inner = path / "network.penjing" if path.is_dir() else path
+    if written is not None and (inner.suffix != ".penjing" or not inner.is_file()):
+        raise InputError(f"{model} is no package or bundle", hint="a bill of materials is of a file: pack the network")
     if path.suffix == ".penjing" and path.is_file():
         contents = package.inspect(path)
         found["package"] = contents.to_dict()
         screen.line(str(contents))
+        if contents.sealed_bytes:
+            return _sealed(screen, found, provenance or groups or bom is not None)
         screen.say()
     if path.is_dir():
         found["report"] = _report(screen, path)
@@ -66,10 +83,28 @@ def inspect(
     screen.say(_summary(found["network"]))
     if "package" not in found:
         _show_tensors(screen, found["network"]["tensors"])
+    if provenance:
+        chain = trace(network.state()[0], found["network"]["digest"])
+        found["provenance"] = chain.to_dict()
+        screen.line(str(chain))
+    if written is not None:
+        from penjing.package import bom as materials
+
+        materials.write(written, inner, network=found["network"], report=found.get("report"))
+        found["bom"] = str(written)
+        screen.line(f"{written}: the bill of materials")
     if groups:
         found["groups"] = [str(g) for g in network.groups()]
         screen.say("[bold]Channel groups[/]")
         screen.line(str(network.groups()))
+    screen.emit(found)
+    return 0
+
+
+def _sealed(screen: Screen, found: dict[str, Any], more: bool) -> int:
+    """Of a sealed package nothing else can be told."""
+    if more:
+        raise InputError(f"{found['what']} is sealed", hint="penjing decrypt opens it for its recipients")
     screen.emit(found)
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from penjing import package
+from penjing import digests, package
 from penjing.data import Data
 from penjing.network import Network
 
@@ -34,13 +34,7 @@ def describe(network: Network) -> dict[str, Any]:
 
 def digest(network: Network) -> str:
     """SHA-256 of the graph and every tensor: two networks with the same digest compute the same."""
-    topology, arrays = network.state()
-    found = hashlib.sha256(topology.encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        found.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
+    return digests.digest(*network.state())
 
 
 class DataDigest:

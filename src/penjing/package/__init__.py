@@ -2,6 +2,9 @@
 
 `encode`/`decode` go between plain values and bytes, `write`/`read` between plain values and a file, `inspect` and
 `verify` look at a file. docs/format.md describes the bytes.
+
+What needs the extra `secure` is imported by name (docs/sealing.md): `keys`, `signatures`, `sealing`, `bom`; and with
+the extra `model-signing` `openssf`. `provenance` needs neither.
 """
 
 from penjing.package.archive import decode, encode, read, verify, write

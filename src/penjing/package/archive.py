@@ -84,7 +84,9 @@ def _keep_honest(parts: list[Part], payloads: list[bytes], flat: list[Array], ra
 
 def decode(data: bytes | memoryview, *, progress: Progress = SILENT) -> tuple[str, dict[str, Array], dict[str, Any]]:
     """Topology, arrays (in the order they were given) and metadata; bit-exact. Raises PackageError."""
-    _, index, payloads = _open(memoryview(data))
+    header, index, payloads = _open(memoryview(data))
+    if header.required & layout.SEALED:
+        raise PackageError("the package is sealed", hint="penjing decrypt opens it for its recipients")
     arrays = [np.empty(t.size, dtype=t.dtype) for t in index.tensors]
     with progress.task("decoding tensors", len(index.parts)) as advance:
         for part, payload in zip(index.parts, payloads[1:], strict=True):
@@ -171,7 +173,7 @@ def _payloads(index: Index, rest: memoryview) -> Iterator[memoryview]:
 
 def _names(index: Index, part: Part) -> str:
     names = [index.tensors[p.tensor].name for p in part.pieces]
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") or "sealed"
 
 
 def _topology(index: Index, payload: memoryview) -> str:

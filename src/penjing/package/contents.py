@@ -10,7 +10,7 @@ import numpy as np
 
 from penjing.package import codecs
 from penjing.package.archive import load, open_bytes
-from penjing.package.layout import HEADER_SIZE
+from penjing.package.layout import HEADER_SIZE, SEALED
 from penjing.package.pieces import spec
 
 
@@ -34,7 +34,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A package's inventory. `index_bytes` + `topology_coded_bytes` + the rows' coded bytes are `file_bytes`."""
+    """A package's inventory. `index_bytes` + `topology_coded_bytes` + the rows' coded bytes are `file_bytes`.
+
+    Of a sealed package only the sizes can be told: everything behind the index is `sealed_bytes`.
+    """
 
     format_version: int
     required_flags: int
@@ -47,6 +50,7 @@ class Contents:
     topology_raw_bytes: int
     topology_coded_bytes: int
     file_bytes: int
+    sealed_bytes: int = 0
 
     @property
     def raw_bytes(self) -> int:
@@ -68,6 +72,11 @@ class Contents:
         return {**out, "raw_bytes": self.raw_bytes, "coded_bytes": self.coded_bytes}
 
     def __str__(self) -> str:
+        if self.sealed_bytes:
+            return (
+                f"sealed penjing package, format {self.format_version}: {self.sealed_bytes:,} encrypted bytes in "
+                f"{self.parts} parts, {self.file_bytes:,} bytes in all"
+            )
         head = ("tensor", "type", "shape", "codec", "raw", "coded", "bits/element")
         rows = [
             (r.name, r.dtype, "×".join(map(str, r.shape)) or "scalar", r.codec, f"{r.raw_bytes:,}",
@@ -102,6 +111,21 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
 def describe(data: bytes) -> Contents:
     """The inventory of a package in memory."""
     header, index, payloads = open_bytes(data)
+    if header.required & SEALED:
+        return Contents(
+            format_version=header.version,
+            required_flags=header.required,
+            optional_flags=header.optional,
+            metadata={},
+            tensors=(),
+            parts=len(index.parts) + 1,
+            models=0,
+            index_bytes=HEADER_SIZE + header.index_size,
+            topology_raw_bytes=0,
+            topology_coded_bytes=0,
+            file_bytes=len(data),
+            sealed_bytes=index.stored,
+        )
     coded = [0] * len(index.tensors)
     codec = [set[str]() for _ in index.tensors]
     for part, payload in zip(index.parts, payloads[1:], strict=True):

@@ -17,7 +17,8 @@ from penjing.package.pieces import CODES, MAX_PART, Piece, Tensor, in_part_order
 
 MAGIC = b"\x89PJG\r\n\x1a\n"
 VERSION = 1
-KNOWN_REQUIRED = 0  # bits of required features that this reader has
+SEALED = 1 << 2  # required feature: the parts are encrypted (package/sealing.py)
+KNOWN_REQUIRED = SEALED  # bits of required features that this reader has
 _HEADER = struct.Struct("<8sBHHIII")
 HEADER_SIZE = _HEADER.size + 32
 
@@ -140,15 +141,16 @@ def parse_header(data: bytes | memoryview) -> Header:
     )
 
 
-def parse_index(head: bytes | memoryview, body: bytes | memoryview, size: int) -> Index:
+def parse_index(head: bytes | memoryview, body: bytes | memoryview, size: int | None) -> Index:
     """Reads and checks the index.
 
-    head: the first 57 bytes; body: the `index_size` bytes behind them; size: bytes of the whole file. Nothing that the
-    index declares is allocated before it fits the file's size.
+    head: the first 57 bytes; body: the `index_size` bytes behind them; size: bytes of the whole file, or None where the
+    parts are elsewhere. Nothing that the index declares is allocated before it fits the file's size.
     """
     header = parse_header(head)
+    front_size = HEADER_SIZE + header.index_size
     if len(body) < header.index_size:
-        raise cut_short(size, HEADER_SIZE + header.index_size)
+        raise cut_short(len(head) + len(body), front_size)
     if hashlib.sha256(bytes(head[: _HEADER.size]) + bytes(body)).digest() != header.digest:
         raise PackageError("the package's index does not match its SHA-256", hint="it is damaged: get it again")
     front = _load_json(zstd.decompress(body[: header.json_stored], header.json_raw))
@@ -166,7 +168,8 @@ def parse_index(head: bytes | memoryview, body: bytes | memoryview, size: int) -
         models=unpack_models(body[header.json_stored + len(digests) :]),
         metadata=_field(front, "metadata", dict) if "metadata" in front else {},
     )
-    total = HEADER_SIZE + header.index_size + index.stored
+    total = front_size + index.stored
+    size = total if size is None else size
     if size < total:
         raise cut_short(size, total)
     if size > total:

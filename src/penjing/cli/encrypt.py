@@ -1,0 +1,54 @@
+"""penjing encrypt: a package that only its recipients can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from penjing.cli import passphrases
+from penjing.cli.options import Json
+from penjing.cli.outputs import output_file
+from penjing.cli.screen import Screen
+
+
+def encrypt(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The package, ending in .penjing.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The sealed package to write, ending in .penjing.")],
+    to: Annotated[
+        list[str],
+        typer.Option(
+            "--to",
+            metavar="WHO",
+            help="A recipient: age1…, 'ssh-ed25519 …', or a file of them. Give it again for more.",
+        ),
+    ],
+    identity: Annotated[
+        str | None,
+        typer.Option(
+            "--identity", metavar="KEY", help="FILE is sealed: opened with KEY, WHO are added to its recipients."
+        ),
+    ] = None,
+    passphrase_file: passphrases.File = None,
+    json: Json = False,
+) -> int:
+    """Seals a package for its recipients, part by part, by age.
+
+    [bold]penjing encrypt net.penjing sealed.penjing --to reader.pub[/]
+    """
+    from penjing.evaluation import words
+    from penjing.package import sealing
+
+    screen: Screen = context.obj
+    path, source = output_file(out, suffixes=(".penjing",)), Path(file).expanduser()
+    who = [w if w.startswith(("age1", "ssh-")) else str(Path(w).expanduser()) for w in to]
+    if identity is None:
+        size = sealing.encrypt(source, path, who, progress=screen)
+    else:
+        secret = passphrases.passphrase_of(identity, passphrase_file)
+        size = sealing.admit(source, path, who, Path(identity).expanduser(), passphrase=secret)
+    screen.line(f"{path}: {words.size(size)}, sealed")
+    screen.emit({"schema": 1, "path": str(path), "bytes": size})
+    return 0

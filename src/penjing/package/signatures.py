@@ -1,0 +1,354 @@
+"""Signatures of packages and bundles: a DSSE envelope around an in-toto statement, in a file beside what is signed.
+
+The statement (in-toto Attestation Framework, Statement v1) names the package by its digest and by the SHA-256 of its
+file, and says where the network comes from and what was measured. The envelope and its signature are securesystemslib's
+(DSSE v1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from penjing._version import __version__
+from penjing.digests import digest
+from penjing.errors import InputError, MissingExtraError, SignatureError
+from penjing.files import appearing
+from penjing.package import archive, layout, provenance
+from penjing.package.keys import Paths, public_key, signing_key
+
+try:
+    from google.protobuf.json_format import ParseDict, ParseError
+    from in_toto_attestation.v1 import statement_pb2
+    from in_toto_attestation.v1.statement import STATEMENT_TYPE_URI, Statement
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import FormatError, VerificationError
+    from securesystemslib.signer import SSlibKey
+except ImportError as error:
+    raise MissingExtraError(
+        f"signatures need a package that is missing ({error})", hint="pip install 'penjing[secure]'"
+    ) from error
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+PREDICATE_TYPE = "urn:penjing:network:1"
+SUFFIX = ".dsse.json"
+PACKAGE = "penjing"  # names, among a subject's digests, the digest in a package's header
+NETWORK = "penjing-network"  # and the digest of a network (penjing.digests)
+
+_MAX = 32 << 20  # bytes that an envelope may have
+_INNER = "network.penjing"  # the package in a bundle's folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signed:
+    """What a signature says, after it was verified.
+
+    Attributes:
+        release: the number that rollbacks are told by.
+        expires: until when the signature holds; None: for ever.
+        files: SHA-256 of every file that was signed, by name.
+        predicate: network, history, parents and measurements, as docs/sealing.md lists them.
+        key: the id of the key that signed.
+    """
+
+    release: int
+    expires: datetime | None
+    files: dict[str, str]
+    predicate: dict[str, Any]
+    key: str
+
+
+def beside(path: Paths, suffix: str = SUFFIX) -> Path:
+    """Where the signature of `path` is looked for: in the same folder, under its name and .dsse.json."""
+    place = Path(path)
+    place = place if place.name not in ("", "..") else place.resolve()
+    return place.parent / (place.name + suffix)
+
+
+def sign(
+    path: Paths,
+    key: Paths,
+    *,
+    passphrase: str | None = None,
+    release: int = 1,
+    expires: datetime | None = None,
+    report: Paths | None = None,
+    parents: Sequence[Paths] = (),
+    signature: Paths | None = None,
+) -> Path:
+    """Signs a package, or a bundle's folder with every file in it; gives the path of the signature.
+
+    key: the file of a private key, with `passphrase` if it is under one. release: grows with every release of the same
+    network. report: a report.json whose measurements are signed too (a bundle's own is found). parents: packages that
+    the network was made of. Raises InputError, KeyFileError, PackageError, OutputError.
+    """
+    if type(release) is not int or not 0 <= release < 1 << 53:
+        raise InputError(f"the release must be a whole number of at least 0, got {release!r}")
+    signer = signing_key(key, passphrase)
+    statement = _statement(Path(path), release, expires, report, parents)
+    text = json.dumps(statement, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    envelope = Envelope(text.encode(), PAYLOAD_TYPE, {})
+    envelope.sign(signer)
+    out = beside(path) if signature is None else Path(signature)
+    with appearing(out) as aside:
+        aside.write_text(json.dumps(envelope.to_dict(), indent=1) + "\n", encoding="utf8")
+    return out
+
+
+def verify(
+    path: Paths,
+    keys: Sequence[Paths],
+    *,
+    signature: Paths | None = None,
+    at_least: int | None = None,
+    now: datetime | None = None,
+) -> Signed:
+    """What a signature says of `path`, once one of `keys` (files of public keys) made it and nothing has changed since.
+
+    at_least: the oldest release to accept. now: the time that expiry is held against. Raises SignatureError where the
+    signature is malformed, made by another key, of something else, expired, or of an older release; PackageError where
+    the package itself is damaged.
+    """
+    place = beside(path) if signature is None else Path(signature)
+    known = [public_key(key) for key in keys]
+    if not known:
+        raise InputError("no key was given to verify with", hint="name the signer's public key, KEY.pub")
+    signed = _opened(place, known)
+    _compare(Path(path), signed)
+    if at_least is not None and signed.release < at_least:
+        raise SignatureError(
+            f"{path} is release {signed.release}, and at least {at_least} is asked for",
+            hint="an older release was put in the place of a newer one: get the newer",
+        )
+    if signed.expires is not None and (now or datetime.now(UTC)) >= signed.expires:
+        raise SignatureError(
+            f"the signature {place} expired on {signed.expires:%Y-%m-%d %H:%M} UTC",
+            hint="get a newer one from the signer",
+        )
+    return signed
+
+
+# ------------------------------------------------------------------------------------------------------- saying
+def _statement(
+    path: Path, release: int, expires: datetime | None, report: Paths | None, parents: Sequence[Paths]
+) -> dict[str, Any]:
+    package = path / _INNER if _is_bundle(path) else path
+    said = _said(package)
+    if _is_bundle(path) and report is None and (path / "report.json").is_file():
+        report = path / "report.json"
+    predicate: dict[str, Any] = {"penjing": __version__, "release": release, **said}
+    if expires is not None:
+        predicate["expires"] = expires.astimezone(UTC).isoformat()
+    if parents:
+        predicate["parents"] = [{"name": Path(p).name, **_identified(Path(p))} for p in parents]
+    if report is not None:
+        predicate["measurements"] = _measurements(Path(report), said)
+    said_digest = {PACKAGE: said["package"]["digest"]}
+    subjects = [
+        {"name": name, "digest": {"sha256": sha} | (said_digest if name == package.name else {})}
+        for name, sha in _files(path).items()
+    ]
+    statement = {
+        "_type": STATEMENT_TYPE_URI,
+        "subject": subjects,
+        "predicateType": PREDICATE_TYPE,
+        "predicate": predicate,
+    }
+    try:
+        json.dumps(statement, allow_nan=False).encode()
+        _checked(statement)
+    except (ValueError, TypeError, RecursionError, ParseError) as error:
+        raise InputError(
+            f"what {path} says of itself cannot be signed: {error}", hint="pack the network again"
+        ) from error
+    return statement
+
+
+def _checked(statement: Any) -> Any:
+    """The statement as in-toto reads it. Raises ValueError or ParseError where it is none."""
+    parsed = ParseDict(statement, statement_pb2.Statement(), ignore_unknown_fields=True)
+    Statement.copy_from_pb(parsed).validate()
+    return parsed
+
+
+def _said(package: Path) -> dict[str, Any]:
+    """What the statement says of a package: of a sealed one, nothing that the seal hides."""
+    data = archive.load(package)
+    header, index, _ = archive.open_bytes(data)
+    sealed = bool(header.required & layout.SEALED)
+    said: dict[str, Any] = {
+        "package": {
+            "digest": header.digest.hex(),
+            "bytes": len(data),
+            "format": header.version,
+            "parts": len(index.parts) + 1,
+            "sealed": sealed,
+        }
+    }
+    if not sealed:
+        topology, arrays, _ = archive.decode(data)
+        chain = provenance.trace(topology, digest(topology, arrays)).to_dict()
+        said["network"] = {"name": chain["name"], "digest": chain["digest"], "original": chain["original"]}
+        said["history"] = chain["links"]
+    return said
+
+
+def _identified(path: Path) -> dict[str, Any]:
+    """The digests of a parent: of its package, and of its network unless that is sealed."""
+    said = _said(path)
+    network = {NETWORK: said["network"]["digest"]} if "network" in said else {}
+    return {"digest": {"sha256": _files(path)[path.name], PACKAGE: said["package"]["digest"]} | network}
+
+
+def _measurements(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a report.json, which must be of the very network that is signed."""
+    try:
+        report = json.loads(path.read_text(encoding="utf8"), parse_constant=_no_constant)
+        of = report["network"]["digest"]
+        found = {k: report[k] for k in ("baseline", "result", "change", "verdict") if k in report}
+        found["baseline_network"] = report["network"].get("baseline_digest")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is no report.json ({type(error).__name__})", hint="penjing evaluate writes one"
+        ) from error
+    if "network" in said and of != said["network"]["digest"]:
+        raise InputError(f"{path} is the report of another network", hint="evaluate the network that is signed")
+    return {**found, "network": of, "report": {"sha256": _sha256(path)}}
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(word)
+
+
+def _files(path: Path) -> dict[str, str]:
+    """SHA-256 of a package's bytes, or of every file in a bundle, by name within it."""
+    if not _is_bundle(path):
+        return {path.name: hashlib.sha256(archive.load(path)).hexdigest()}
+    found = sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
+    return {p.relative_to(path).as_posix(): _sha256(p) for p in found}
+
+
+def _is_bundle(path: Path) -> bool:
+    return path.is_dir() and (path / _INNER).is_file()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror or error}", hint="is it there, and readable?"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------ checking
+def _opened(place: Path, keys: Sequence[SSlibKey]) -> Signed:
+    """The statement in an envelope that one of `keys` signed."""
+    envelope = _envelope(place)
+    if envelope.payload_type != PAYLOAD_TYPE:
+        raise SignatureError(
+            f"{place} signs {envelope.payload_type[:80]!r}, not {PAYLOAD_TYPE!r}",
+            hint="it is not the signature of a package",
+        )
+    try:
+        accepted = envelope.verify(list(keys), 1)
+    except VerificationError as error:
+        named = {key.keyid for key in keys} & set(envelope.signatures)
+        why = (
+            "does not match its own text: it was changed after it was signed"
+            if named
+            else f"is by another key ({', '.join(_short(k) for k in envelope.signatures) or 'none'})"
+        )
+        given = ", ".join(_short(key.keyid) for key in keys)
+        raise SignatureError(
+            f"the signature {place} {why}", hint=f"verified with {given}: is that the signer's key?"
+        ) from error
+    try:
+        payload = json.loads(envelope.payload)
+        parsed = _checked(payload)
+    except (ValueError, TypeError, AttributeError, RecursionError, ParseError) as error:
+        raise SignatureError(
+            f"{place} signs no in-toto statement", hint="it is not the signature of a package"
+        ) from error
+    if parsed.predicate_type != PREDICATE_TYPE:
+        raise SignatureError(
+            f"{place} signs a statement of type {parsed.predicate_type[:80]!r}, not {PREDICATE_TYPE!r}",
+            hint="it is not the signature of a package, or needs a newer penjing",
+        )
+    predicate = payload["predicate"]
+    try:
+        release, expires = predicate["release"], predicate.get("expires")
+        if type(release) is not int:
+            raise TypeError(release)
+        return Signed(
+            release=release,
+            expires=None if expires is None else _time(expires),
+            files={s.name: s.digest["sha256"] for s in parsed.subject if "sha256" in s.digest},
+            predicate=predicate,
+            key=next(iter(accepted)),
+        )
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        raise SignatureError(
+            f"{place} signs a statement that lacks its release or time", hint="sign it again"
+        ) from error
+
+
+def _envelope(place: Path) -> Envelope:
+    try:
+        with place.open("rb") as file:
+            data = file.read(_MAX + 1)
+    except (OSError, ValueError) as error:
+        raise SignatureError(
+            f"there is no signature {place}" if not place.exists() else f"{place} cannot be read",
+            hint="penjing sign writes one; --signature names it where it lies elsewhere",
+        ) from error
+    try:
+        if len(data) > _MAX:
+            raise ValueError("too large")
+        envelope = Envelope.from_dict(json.loads(data))
+        if not isinstance(envelope.payload_type, str):
+            raise TypeError("payloadType")
+        return envelope
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FormatError) as error:
+        raise SignatureError(
+            f"{place} is no DSSE envelope", hint="it is damaged, or no signature: get it again"
+        ) from error
+
+
+def _compare(path: Path, signed: Signed) -> None:
+    """Raises SignatureError unless every file that was signed, and no other, is there unchanged."""
+    if not path.exists():
+        raise InputError(f"there is no file {path}", hint="name the package or bundle that was signed")
+    if not _is_bundle(path):
+        data = archive.load(path)
+        archive.open_bytes(data)  # it names damage better
+        if hashlib.sha256(data).hexdigest() not in signed.files.values():
+            raise SignatureError(
+                f"{path} is not what was signed", hint="it was changed, or the signature is of another"
+            )
+        return
+    found = _files(path)
+    for name, expected in signed.files.items():
+        if found.get(name) != expected:
+            what = "is not what was signed" if name in found else "was signed, and is missing"
+            raise SignatureError(f"{name} in {path} {what}", hint="get the bundle again")
+    more = sorted(set(found) - set(signed.files))
+    if more:
+        raise SignatureError(
+            f"{path} holds {more[0]}, which was not signed", hint="take it out, or sign the bundle again"
+        )
+
+
+def _time(text: Any) -> datetime:
+    when = datetime.fromisoformat(text)
+    return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+
+
+def _short(keyid: str) -> str:
+    return keyid[:12] if keyid.isalnum() else repr(keyid[:12])
