@@ -160,6 +160,7 @@ def test_public_names() -> None:
     assert penjing.__all__ == sorted(penjing.__all__)
     assert set(penjing.__all__) == {
         "Bundle",
+        "CodeWeights",
         "Distill",
         "Equalize",
         "Factorize",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -18,19 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from penjing import package
+from penjing.compression import compress
 from penjing.data import Data
-from penjing.errors import InputError, OutputError
+from penjing.errors import BudgetError, InputError, OutputError, RecipeError
 from penjing.evaluation import Report, data_digest, describe, environment
+from penjing.methods import CodeWeights, SearchAmount
 from penjing.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.recipe import Recipe
 from penjing.report import render_html, render_markdown
 from penjing.runtimes import RUNTIMES, Target
+from penjing.task import Task, get_task
 
 KIND = "penjing bundle"
 VERSION = 1
 PACKAGE = "network.penjing"
 PROVENANCE = "provenance.json"
+#: Rates that are tried until a metric only just holds.
+_TRIALS = 10
 
 Targets = str | Target | Sequence[str | Target]
 
@@ -154,14 +160,59 @@ def deploy(
     return Bundle(path=Path(out), artifacts=tuple(artifacts), provenance=json.loads(text), report=views)
 
 
-def pack(network: Network, path: str | Path) -> int:
-    """Write ``network`` as one coded file for the wire, bit for bit; returns its size in bytes.
+def pack(
+    network: Network,
+    path: str | Path,
+    *,
+    rate: float | None = None,
+    max_drop: float | None = None,
+    data: Any = None,
+    task: str | Task | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> int:
+    """Write ``network`` as one coded file for the wire; returns its size in bytes.
+
+    Bit for bit, unless one of two knobs is given that choose grids for few bytes first, without any training: ``rate``
+    as in ``CodeWeights``, with samples in ``data`` or without; or ``max_drop``, by how much ``task``'s metric may get
+    worse on the half of the labelled samples in ``data`` that the grids were not fitted to: points where it lies
+    between 0 and 100 %, else its own unit.
 
     Raises:
+        RecipeError: both knobs, or one out of range; the network is quantized already.
+        DataError: ``max_drop`` without labelled samples.
+        BudgetError: no grid keeps the metric.
         OutputError: it cannot be written there.
     """
+    if rate is not None and max_drop is not None:
+        raise RecipeError("pack takes rate or max_drop, got both", hint="max_drop finds a rate by itself")
+    recipe: Recipe | None = None
+    if rate is not None:
+        recipe = Recipe(CodeWeights(rate=rate))
+    elif max_drop is not None:
+        recipe = Recipe(_within(max_drop, task))
+    if recipe is not None:
+        result = compress(network, recipe, data=data, task=task, seed=seed, progress=progress)
+        if not result.plans[0].edits:
+            raise BudgetError(
+                f"no grids keep {network.name} within {max_drop:g} of its metric",
+                hint="allow more, or give more samples",
+            )
+        network = result.network
     topology, arrays = network.state()
-    return package.write(path, topology, arrays, metadata={"name": network.name})
+    return package.write(path, topology, arrays, metadata={"name": network.name}, progress=progress)
+
+
+def _within(drop: float, task: str | Task | None) -> SearchAmount:
+    """The search for the fewest bytes that keep a task's metric."""
+    if isinstance(drop, bool) or not isinstance(drop, int | float) or not 0 < drop < math.inf:
+        raise RecipeError(f"pack: max_drop must be above 0, got {drop!r}", hint="0.5 allows half a point")
+    known = get_task(task)
+    if known is None:
+        raise RecipeError("pack: max_drop needs a task to judge by, and none was given", hint="task='classification'")
+    limit = f"{drop:f}" + ("%" if known.unit == "%" else "")
+    floor = f"{known.metric}>=-{limit}" if known.higher_is_better else f"{known.metric}<=+{limit}"
+    return SearchAmount(step=CodeWeights(rate=1.0), floor=floor, held_out=0.5, trials=_TRIALS, resolution=1e-4)
 
 
 def unpack(path: str | Path) -> Network:
