@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from penjing import package
 from penjing.data import Data
 from penjing.errors import InputError, OutputError
 from penjing.evaluation import Report, data_digest, describe, environment
+from penjing.files import appearing_folder
 from penjing.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.recipe import Recipe
@@ -129,7 +126,7 @@ def deploy(
             "the report is of another network than the one to deploy", hint="evaluate this network, or omit report="
         )
     samples = None if data is None else Data(data)
-    with folder_whole(Path(out)) as folder:
+    with appearing_folder(Path(out), ours=_is_bundle) as folder:
         artifacts = [_artifact(network, runtime, folder, report, samples, progress) for runtime in runtimes]
         pack(network, folder / PACKAGE)
         views = None if report is None else _write_report(report, artifacts, folder)
@@ -154,79 +151,44 @@ def deploy(
     return Bundle(path=Path(out), artifacts=tuple(artifacts), provenance=json.loads(text), report=views)
 
 
-def pack(network: Network, path: str | Path) -> int:
-    """Write ``network`` as one coded file for the wire, bit for bit; returns its size in bytes.
+def pack(network: Network, path: str | Path, *, layout: str = "file") -> int:
+    """Write ``network`` coded for the wire, bit for bit; returns its size in bytes.
+
+    Args:
+        network: what to pack.
+        path: where to.
+        layout: ``"file"``, or ``"directory"``: a manifest and one file a part, for any static web server. The
+            directory is absent, empty, or an earlier package, which is replaced.
 
     Raises:
+        InputError: another layout.
         OutputError: it cannot be written there.
     """
     topology, arrays = network.state()
-    return package.write(path, topology, arrays, metadata={"name": network.name})
+    data = package.encode(topology, arrays, metadata={"name": network.name})
+    return package.save(data, path, layout=layout)
 
 
 def unpack(path: str | Path) -> Network:
-    """The network in a ``.penjing`` file.
+    """The network in a package: a ``.penjing`` file or a directory.
 
     Raises:
         InputError: there is no such file.
         PackageError: it is not a package, damaged, or too new.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file {path}", hint="a package is what pack or deploy wrote")
     topology, arrays, _ = package.read(path)
     return Network.from_state(topology, arrays)
 
 
-@contextmanager
-def folder_whole(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` only if the block ends well; otherwise nothing remains of it.
-
-    Raises:
-        OutputError: ``out`` exists and is neither empty nor a bundle, or its place cannot be written.
-    """
-    _refuse_foreign(out)
+def _is_bundle(folder: Path) -> bool:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}", hint="name another place") from error
-    try:
-        aside.chmod(0o755)  # mkdtemp makes private folders; a bundle is read by others
-        yield aside
-        _replace(aside, out)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}", hint="name another place") from error
-    finally:  # also on Ctrl-C
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _refuse_foreign(out: Path) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir() or out.is_symlink():
-        raise OutputError(f"{out} exists and is not a folder", hint="name another folder")
-    if any(out.iterdir()):
-        try:
-            _provenance(out)
-        except InputError:
-            raise OutputError(f"{out} holds other files", hint="name a new or empty folder") from None
-
-
-def _replace(aside: Path, out: Path) -> None:
-    if not out.exists():
-        os.rename(aside, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        os.rename(out, old / "old")
-        try:
-            os.rename(aside, out)
-        except BaseException:
-            os.rename(old / "old", out)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+        _provenance(folder)
+    except InputError:
+        return False
+    return True
 
 
 def _artifact(
