@@ -115,7 +115,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str], *, progress: Progress = SILENT) -> tuple[str, dict[str, Array], dict[str, Any]]:
-    """Topology, arrays and metadata of a file or directory. Raises PackageError for anything but a whole, undamaged package."""
+    """Topology, arrays and metadata of a file or directory. Raises PackageError for all but a whole, sound package."""
     return decode(load(path), progress=progress)
 
 

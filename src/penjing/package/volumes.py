@@ -67,9 +67,7 @@ def holding(path: Path) -> Holding:
         if directory.is_package(path):
             front = directory.load_manifest(path)
             files = {p.digest: path / file_of(p) for p in front.parts}
-            return Holding(
-                path=path, manifest=front, places={d: (f, 0) for d, f in files.items() if f.is_file()}
-            )
+            return Holding(path=path, manifest=front, places={d: (f, 0) for d, f in files.items() if f.is_file()})
         if not path.is_file():
             what = "is a folder without a manifest" if path.is_dir() else "does not exist"
             raise PackageError(f"{path} {what}", hint="name packages, or volumes that penjing split made")
