@@ -51,6 +51,7 @@ def pull(
         path = output_folder(text, ours=directory.is_ours)
     else:
         path = output_file(text, suffixes=(".penjing",))
+    screen.kept = f"what has come is kept in {path}.pull, the same command goes on there"
     done = transfer.pull(urls, path, until_bytes=until_bytes, jobs=jobs, layout=layout, progress=screen)
     came = f"{done.fetched_bytes:,} came now"
     if done.complete:

@@ -23,7 +23,7 @@ from penjing.package import manifest, volumes
 from penjing.package.directory import MANIFEST, file_of
 from penjing.package.manifest import Manifest
 
-_FRONT = 256 << 10  # bytes asked for at first, in which the manifest of most packages is
+_FRONT = 64 << 10  # bytes asked for at first, in which the manifest of most packages is
 _MAX_FRONT = 512 << 20
 _REDIRECTS = 10
 _SLOW = 256  # bytes a second below which a server is taken to have stalled
@@ -155,6 +155,8 @@ class Answer:
         status = response.status_code
         if status in (408, 425, 429) or status >= 500:
             raise Passing(f"answers {status} {response.reason_phrase}".rstrip(), wait=_wait(response))
+        if status == 416 and start == 0:
+            raise Gone("is an empty file")
         if status == 416:
             raise Passing("has a shorter file than the package is", lie=True)
         if status not in (200, 206):
@@ -185,29 +187,21 @@ class Answer:
                     raise Passing(f"sent {got} bytes in {spent:.0f} seconds")
                 began, got = time.monotonic(), 0
 
-    async def first(self, size: int) -> bytes:
-        """The first `size` bytes of the body, or all if there are fewer."""
-        data = bytearray()
-        async for chunk in self.body():
-            data += chunk
-            if len(data) >= size:
-                break
-        return bytes(data[:size])
 
-
-async def open_source(web: Web, url: httpx2.URL) -> tuple[Source, Manifest]:
+async def open_source(web: Web, url: httpx2.URL, begun: dict[httpx2.URL, bytearray]) -> tuple[Source, Manifest]:
     """Finds out what stands at a URL: a package, a volume, or a directory, which the URL may name itself or by its
-    manifest. Raises Gone where it is none of these, Passing."""
+    manifest. `begun` keeps what has come of a manifest for the next try. Raises Gone (it is none of these), Passing.
+    """
     if _path(url).endswith("/"):
-        return await _open_file(web, child(url, MANIFEST))
+        return await _open_file(web, child(url, MANIFEST), begun)
     try:
-        return await _open_file(web, url)
+        return await _open_file(web, url, begun)
     except Gone as first:
-        if first.wholly or _path(url).endswith("/" + MANIFEST):
+        if _path(url).endswith("/" + MANIFEST):
             raise
         folder = url.copy_with(raw_path=_path(url).encode() + b"/" + _query(url))
         try:
-            return await _open_file(web, child(folder, MANIFEST))
+            return await _open_file(web, child(folder, MANIFEST), begun)
         except Gone:
             raise first from None
 
@@ -217,35 +211,24 @@ def part_url(source: Source, front: Manifest, number: int) -> httpx2.URL:
     return child(source.url, file_of(front.parts[number]))
 
 
-async def _open_file(web: Web, url: httpx2.URL) -> tuple[Source, Manifest]:
+async def _open_file(web: Web, url: httpx2.URL, begun: dict[httpx2.URL, bytearray]) -> tuple[Source, Manifest]:
+    """Reads the manifest and tells by the file's length what it is part of."""
+    data = begun.setdefault(url, bytearray())
+    resumed = bool(data)
     try:
-        return await _front(web, url)
-    except PackageError as error:
-        raise Gone(error.message) from None
-
-
-async def _front(web: Web, url: httpx2.URL) -> tuple[Source, Manifest]:
-    """Reads the manifest, in as many requests as it takes, and tells by the file's length what it is part of."""
-    data, wanted, head, total, ranged = b"", _FRONT, None, None, True
-    while len(data) < wanted:
-        async with web.get(url, start=len(data), stop=wanted) as answer:
-            ranged, total = answer.ranged, answer.total if answer.total is not None else total
-            more = await answer.first(wanted - answer.at)
-        data = data[: answer.at] + more
-        head = volumes.parse_head(data)
+        head, ranged, total = await _read_front(web, url, data)
         skip = volumes.HEAD_SIZE if head else 0
-        due = skip + manifest.extent(data[skip:])
-        if due > _MAX_FRONT:
-            raise Gone(f"declares a manifest of {due} bytes")
-        if due <= len(data):
-            break
-        if len(data) < wanted:
-            raise Passing(f"gives {len(data)} bytes of a manifest of {due}", lie=True)
-        wanted = due
-    front = manifest.parse(data[skip:])
+        front = manifest.parse(bytes(data[skip:]))
+        if head is not None:
+            head.check(front)
+    except PackageError as error:
+        data.clear()
+        if resumed:  # the file may have changed between two requests
+            raise Passing(error.message, lie=True) from None
+        raise Gone(error.message) from None
+    data.clear()
     run = range(len(front.parts))
     if head is not None:
-        head.check(front)
         run = range(head.first, head.first + head.count)
     size = skip + len(front.data)
     end = size + front.offsets[run.stop] - front.offsets[run.start]
@@ -255,6 +238,41 @@ async def _front(web: Web, url: httpx2.URL) -> tuple[Source, Manifest]:
     if total not in (None, end):
         raise Passing(f"has {total} bytes where the index says {end}", lie=True)
     return Source(url=url, is_directory=False, parts=run, shift=size - front.offsets[run.start], ranged=ranged), front
+
+
+async def _read_front(web: Web, url: httpx2.URL, data: bytearray) -> tuple[volumes.VolumeHead | None, bool, int | None]:
+    """Appends to `data` until a manifest is in it; the volume's head, whether the server keeps to ranges, and the
+    file's bytes if it says."""
+    ranged, total = True, None
+    head, due = _due(data)
+    while len(data) < due:
+        asked = max(due, len(data) + _FRONT)
+        async with web.get(url, start=len(data), stop=asked) as answer:
+            ranged, total = answer.ranged, total if answer.total is None else answer.total
+            del data[answer.at :]
+            async for more in answer.body():
+                data += more
+                if len(data) >= due:
+                    head, due = _due(data)
+                if len(data) >= due:
+                    break
+                if due > _MAX_FRONT:
+                    raise Gone(f"declares a manifest of {due} bytes")
+        if len(data) < min(due, asked) or (total is not None and total < due):
+            _due(data)  # says so if it is another kind of file
+            given = len(data)
+            data.clear()
+            raise Passing(f"gives {given} bytes of a manifest of {due}", lie=True)
+    return head, ranged, total
+
+
+def _due(data: bytearray) -> tuple[volumes.VolumeHead | None, int]:
+    """The head of a volume, if `data` begins with one, and the bytes to the manifest's end as far as `data` tells."""
+    if len(data) < volumes.HEAD_SIZE and volumes.MAGIC.startswith(data[: len(volumes.MAGIC)]):
+        return None, volumes.HEAD_SIZE
+    head = volumes.parse_head(bytes(data[: volumes.HEAD_SIZE]))
+    skip = volumes.HEAD_SIZE if head else 0
+    return head, skip + manifest.extent(bytes(data[skip:]))
 
 
 def _path(url: httpx2.URL) -> str:

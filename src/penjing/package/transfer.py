@@ -182,16 +182,20 @@ async def _opened(
 
 async def _patiently(web: Web, url: httpx2.URL, patience: Patience) -> tuple[Source, Manifest] | str:
     """What stands at a URL, or why it cannot be told."""
-    for again in range(1, patience.tries + 1):
+    begun: dict[httpx2.URL, bytearray] = {}
+    faults, before = 0, 0
+    while True:
         try:
-            return await open_source(web, url)
+            return await open_source(web, url, begun)
         except Gone as fault:
             return str(fault)
         except Passing as fault:
-            reason = str(fault)
-            if again < patience.tries:
-                await asyncio.sleep(patience.before(again, fault.wait))
-    return f"{reason}, {patience.tries} times"
+            here = sum(map(len, begun.values()))
+            faults = 1 if here - before >= _HEADWAY else faults + 1
+            before = here
+            if faults >= patience.tries:
+                return f"{fault} ({faults} times in a row)"
+            await asyncio.sleep(patience.before(faults, fault.wait))
 
 
 class Crew:
