@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,10 +17,18 @@ from web_servers import FileResponse, RedirectResponse, Response, StreamingRespo
 from penjing import package
 from penjing.errors import InputError, OutputError, TransferError
 from penjing.package import manifest, transfer
+from penjing.package.arrivals import Arrivals
 from penjing.package.directory import MANIFEST, file_of
 from penjing.package.transfer import Patience
 
 QUICK = Patience(tries=3, pause=0.01, timeout=0.4)
+
+
+@pytest.fixture(autouse=True)
+def direct(monkeypatch):
+    """No proxy between a test and its servers, whatever the machine's settings."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +148,33 @@ def test_a_mirror_with_another_package_is_told_and_left(host, web, pull, data, s
 
     pull(f"{host.url}/net.penjing", f"{host.url}/old.penjing", progress=Told())
     assert pull.out.read_bytes() == data
-    assert len(notes) == 1 and "old.penjing: it has another package" in notes[0]
+    assert len(notes) == 1 and "old.penjing, which has another package" in notes[0]
+
+
+def test_a_mirror_that_is_slow_to_answer_is_not_waited_for(host, web, pull, data, monkeypatch):
+    monkeypatch.setattr(transfer, "_GRACE", 0.05)
+    done, gave_up = threading.Event(), []
+
+    def silent(request):
+        gave_up.append(not done.wait(60))
+        return b""
+
+    with raw(silent) as dead:
+        pull(f"{dead}/net.penjing", f"{host.url}/net.penjing", patience=Patience(timeout=60))
+        assert pull.out.read_bytes() == data and gave_up == []
+        done.set()
+
+
+def test_a_host_that_answers_late_is_waited_for_where_it_is_needed(host, web, pull, data, monkeypatch):
+    monkeypatch.setattr(transfer, "_GRACE", 0.0)
+    first, *others = [f"{host.url}/files/{v.name}" for v in sorted((web / "files").iterdir())]
+
+    async def late(path):
+        await asyncio.sleep(0.3)
+
+    host.lie = lambda path, wanted: late(path) if path in first else None
+    pull(first, *others, patience=Patience())
+    assert pull.out.read_bytes() == data
 
 
 # ------------------------------------------------------------------------------------------------- to be continued
@@ -218,6 +253,20 @@ def test_a_newer_package_keeps_the_parts_that_it_shares(host, pull, front, web, 
     done = pull(f"{host.url}/new.penjing")
     assert pull.out.read_bytes() == (web / "new.penjing").read_bytes()
     assert done.fetched_bytes < len(data) - front.offsets[1]
+
+
+def test_two_pulls_into_one_place(host, pull, front):
+    with Arrivals(pull.kept, front, []), pytest.raises(OutputError, match="another pull is writing"):
+        pull(f"{host.url}/net.penjing")
+    assert pull(f"{host.url}/net.penjing").complete
+
+
+def test_a_folder_of_something_else_is_left_alone(host, pull):
+    pull.kept.mkdir()
+    (pull.kept / "thesis.txt").write_text("hello")
+    with pytest.raises(OutputError, match="holds other files: thesis.txt"):
+        pull(f"{host.url}/net.penjing")
+    assert [f.name for f in pull.kept.iterdir()] == ["thesis.txt"]
 
 
 # ------------------------------------------------------------------------------------------------- lying servers

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from penjing.errors import OutputError
 from penjing.files import appearing, replace_folder
@@ -21,6 +24,8 @@ from penjing.package.manifest import Manifest
 from penjing.package.volumes import join
 
 _UNDERWAY = ".part"
+_LOCK = ".lock"
+_OURS = re.compile(rf"{MANIFEST}|[0-9a-f]{{64}}({_UNDERWAY})?|\..*")
 
 
 class Arrivals:
@@ -34,10 +39,14 @@ class Arrivals:
         self.folder = folder
         self.front = front
         self.fetched = 0  # bytes that arrived in this session
+        self._lock = FileLock(folder / _LOCK, blocking=False)
         self._whole: set[bytes] = set()
         self._begun: dict[bytes, int] = {}
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
+            if strange := [f.name for f in folder.iterdir() if not _OURS.fullmatch(f.name)]:
+                raise OutputError(f"{folder} holds other files: {strange[0]}", hint="name another place with --out")
+            self._acquire()
             if not (folder / MANIFEST).is_file() or (folder / MANIFEST).read_bytes() != front.data:
                 with appearing(folder / MANIFEST) as aside:
                     aside.write_bytes(front.data)
@@ -49,6 +58,13 @@ class Arrivals:
             raise OutputError(
                 f"{needed:,} bytes are to come, and {folder} has room for {room:,}", hint="free some room"
             )
+
+    def __enter__(self) -> Arrivals:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        (self.folder / _LOCK).unlink(missing_ok=True)
+        self._lock.release()
 
     def has(self, number: int) -> bool:
         """Whether a part is here, whole and right."""
@@ -94,6 +110,14 @@ class Arrivals:
                 return
             join([self.folder], out)
             shutil.rmtree(self.folder)
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise OutputError(
+                f"another pull is writing to {self.folder}", hint="wait for its end, or name another place with --out"
+            ) from None
 
     def _look(self, part: Part) -> None:
         """Finds out how much of a part is here."""
