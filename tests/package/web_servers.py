@@ -25,11 +25,13 @@ class Host:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.asked = []
+        self.folder, self.url = folder, ""
+        self.honest()
+
+    def honest(self):
+        """Forgets what was asked of it, and all lies."""
+        self.asked, self.headers = [], []
         self.lie = lambda path, wanted: None
-        self.url = ""
-        self.headers = []
 
     async def answer(self, request):
         path, wanted = request.path_params["path"], request.headers.get("range")
@@ -84,6 +86,16 @@ def slowly(data, chunk, seconds):
     return chunks()
 
 
+def is_part(path):
+    """Whether a path of a directory package is a part's."""
+    return len(path.rpartition("/")[2]) == 64
+
+
+def unranged(host):
+    """Lies as a server that has never heard of ranges."""
+    return lambda path, wanted: Response(host.whole(path)) if (host.folder / path).is_file() else None
+
+
 __all__ = [
     "FileResponse",
     "RedirectResponse",
@@ -91,6 +103,8 @@ __all__ = [
     "StreamingResponse",
     "benchmark",
     "hosting",
+    "is_part",
     "raw",
     "slowly",
+    "unranged",
 ]

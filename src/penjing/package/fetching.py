@@ -158,8 +158,11 @@ class Crew:
 
     def _reasons(self, number: int) -> str:
         """Why no source gives a part, source by source."""
-        why = [self._refused.get((s, number)) or s.dead or "is a volume without it" for s in self._sources]
-        named = [f"{shown(s.url)} {reason}" for s, reason in zip(self._sources, why, strict=True)]
+        named = []
+        for s in self._sources:
+            reason = self._refused.get((s, number))
+            url = part_url(s, self._front, number) if reason and s.is_directory else s.url
+            named.append(f"{shown(url)} {reason or s.dead or 'is a volume without it'}")
         return "; ".join([*named, *self._absent])
 
     def _choose(self, number: int) -> Source | None:
