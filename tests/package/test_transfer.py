@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from web_servers import FileResponse, StreamingResponse, benchmark, hosting, is_part, raw, slowly, unranged
 
@@ -235,3 +236,14 @@ def test_through_a_proxy_that_kills_connections():
     found = benchmark.measure(benchmark.network(3), pulls=8, mean=150_000, seed=1)
     assert found["identical"] == found["pulls"] == 8
     assert found["connections_killed"] > 20
+
+
+@pytest.mark.parametrize("arrays", [{}, {"none": np.zeros((0, 4), np.float32)}], ids=["no part", "an empty part"])
+def test_packages_of_next_to_nothing(host, pull, tmp_path, web, arrays):
+    package.write(web / "little.penjing", "a topology", arrays)
+    package.join([web / "little.penjing"], web / "little", layout="directory")
+    for place in ("little.penjing", "little"):
+        assert pull(f"{host.url}/{place}").complete
+        assert package.read(pull.out)[0] == "a topology"
+    volumes = package.split(web / "little.penjing", tmp_path / "volumes", size=100_000)
+    assert package.join(volumes, tmp_path / "again.penjing").read_bytes() == (web / "little.penjing").read_bytes()

@@ -2,11 +2,13 @@
 
 import asyncio
 import gzip
+import random
 
 import pytest
 from web_servers import RedirectResponse, Response, StreamingResponse, hosting, is_part, raw, slowly, unranged
 
 from penjing.errors import InputError, TransferError
+from penjing.package.transfer import Patience
 
 
 def once(lie):
@@ -202,3 +204,36 @@ def test_arguments_that_cannot_be(pull, more, says):
         pull("http://localhost/net", **more)
     with pytest.raises(InputError, match="nothing to pull"):
         pull()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lies_at_random(host, pull, carried, seed):
+    """Every other answer is a lie of some kind: the same bytes, or a TransferError and then the same."""
+    drawn = random.Random(seed)
+    lies = [
+        lambda path: Response(status_code=drawn.choice([429, 500, 502, 504])),
+        lambda path: Response(flipped(host, path)),
+        lambda path: Response(host.whole(path)[: drawn.randrange(900)]),
+        lambda path: StreamingResponse(slowly(host.whole(path)[: drawn.randrange(500_000)], 50_000, 0)),
+        lambda path: Response(host.whole(path) + b"more"),
+        lambda path: Response(host.whole(path), status_code=206, headers={"content-range": "bytes 0-9/*"}),
+        lambda path: Response(host.whole(path)),
+        lambda path: Response(gzip.compress(host.whole(path), 1), headers={"content-encoding": "gzip"}),
+        lambda path: Response(host.whole(path), headers={"content-encoding": "deflate"}),
+        lambda path: RedirectResponse(f"{host.url}/{path}?again"),
+    ]
+
+    def lie(path, wanted):
+        told = (host.folder / path).is_file() and drawn.random() < 0.5
+        return drawn.choice(lies)(path) if told else None
+
+    host.lie = lie
+    places = drawn.sample(["net.penjing", "net/", "net"], drawn.choice([1, 2]))
+    urls = [f"{host.url}/{place}" for place in places]
+    try:
+        pull(*urls, jobs=drawn.choice([1, 4]), patience=Patience(tries=5, pause=0.001, timeout=1))
+    except TransferError:
+        assert not pull.out.exists()
+        host.honest()
+        pull(*urls)
+    assert pull.out.read_bytes() == carried

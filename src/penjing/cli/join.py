@@ -15,7 +15,7 @@ def join(
     context: typer.Context,
     volumes: Annotated[
         list[str],
-        typer.Argument(metavar="VOLUME...", help="Volumes of penjing split, folders, packages; in any order."),
+        typer.Argument(metavar="VOLUME", help="Volumes of penjing split, folders, packages; in any order."),
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The package to write, ending in .penjing.")],
     layout: options.Layout = "file",

@@ -18,7 +18,7 @@ def pull(
     urls: Annotated[
         list[str],
         typer.Argument(
-            metavar="URL...",
+            metavar="URL",
             help="A package, its folder, or a volume, on a web server. Several: mirrors, or hosts with a share each.",
         ),
     ],
@@ -38,7 +38,7 @@ def pull(
     layout: options.Layout = "file",
     json: options.Json = False,
 ) -> int:
-    """Fetches a package; every part is checked, and what has come is never fetched again.
+    """Fetches a package; every part is checked, and what has come is kept for another try.
 
     [bold]penjing pull https://example.org/net.penjing[/]   [bold]penjing pull URL1 URL2 --out net.penjing[/]
     """
