@@ -189,3 +189,17 @@ def test_a_manifest_that_is_too_long(data, tmp_path):
         stream.write(b"more")
     with pytest.raises(PackageError, match="4 bytes too many"):
         package.read(tmp_path / "net")
+
+
+def test_seals_and_signatures_hold_in_every_layout(file, data, tmp_path):
+    pytest.importorskip("pyrage")
+    from penjing.package import keys, sealing
+
+    keys.keygen(tmp_path / "reader", kind="age")
+    sealing.encrypt(file, tmp_path / "sealed.penjing", [str(tmp_path / "reader.pub")])
+    hosts = package.split(tmp_path / "sealed.penjing", tmp_path / "hosts", into=2, layout="directory")
+    with pytest.raises(PackageError, match=r"parts are missing: part 0 \(sealed\)"):
+        package.join(hosts[1:], tmp_path / "joined")
+    package.join(hosts, tmp_path / "joined", layout="directory")
+    sealing.decrypt(tmp_path / "joined", tmp_path / "opened.penjing", tmp_path / "reader")
+    assert (tmp_path / "opened.penjing").read_bytes() == data
