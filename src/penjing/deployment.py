@@ -9,11 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from penjing.compression import compress
 from penjing.data import Data
 from penjing.errors import BudgetError, InputError, OutputError, RecipeError
 from penjing.evaluation import Report, data_digest, describe, environment
+from penjing.files import appearing_folder
 from penjing.methods import CodeWeights, SearchAmount
 from penjing.network import Network
 from penjing.progress import SILENT, Progress
@@ -135,7 +132,7 @@ def deploy(
             "the report is of another network than the one to deploy", hint="evaluate this network, or omit report="
         )
     samples = None if data is None else Data(data)
-    with folder_whole(Path(out)) as folder:
+    with appearing_folder(Path(out), ours=_is_bundle) as folder:
         artifacts = [_artifact(network, runtime, folder, report, samples, progress) for runtime in runtimes]
         pack(network, folder / PACKAGE)
         views = None if report is None else _write_report(report, artifacts, folder)
@@ -164,6 +161,7 @@ def pack(
     network: Network,
     path: str | Path,
     *,
+    layout: str = "file",
     rate: float | None = None,
     max_drop: float | None = None,
     data: Any = None,
@@ -171,19 +169,27 @@ def pack(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> int:
-    """Write ``network`` as one coded file for the wire; returns its size in bytes.
+    """Write ``network`` coded for the wire; returns its size in bytes.
 
-    Bit for bit, unless one of two knobs is given that choose grids for few bytes first, without any training: ``rate``
-    as in ``CodeWeights``, with samples in ``data`` or without; or ``max_drop``, by how much ``task``'s metric may get
-    worse on the half of the labelled samples in ``data`` that the grids were not fitted to: points where it lies
-    between 0 and 100 %, else its own unit.
+    Bit for bit, unless one of two knobs chooses grids for few bytes first, without any training.
+
+    Args:
+        network: what to pack.
+        path: where to.
+        layout: ``"file"``, or ``"directory"``: a manifest and one file a part, for any static web server. The
+            directory is absent, empty, or an earlier package, which is replaced.
+        rate: as in ``CodeWeights``; ``data`` is looked at if it is given.
+        max_drop: by how much ``task``'s metric may get worse on the half of the labelled samples in ``data`` that the
+            grids were not fitted to: points where it lies between 0 and 100 %, else its own unit.
 
     Raises:
+        InputError: another layout.
         RecipeError: both knobs, or one out of range; the network is quantized already.
         DataError: ``max_drop`` without labelled samples.
         BudgetError: no grid keeps the metric.
         OutputError: it cannot be written there.
     """
+    package.directory.check(layout)
     if rate is not None and max_drop is not None:
         raise RecipeError("pack takes rate or max_drop, got both", hint="max_drop finds a rate by itself")
     recipe: Recipe | None = None
@@ -200,7 +206,8 @@ def pack(
             )
         network = result.network
     topology, arrays = network.state()
-    return package.write(path, topology, arrays, metadata={"name": network.name}, progress=progress)
+    coded = package.encode(topology, arrays, metadata={"name": network.name}, progress=progress)
+    return package.save(coded, path, layout=layout)
 
 
 def _within(drop: float, task: str | Task | None) -> SearchAmount:
@@ -216,68 +223,25 @@ def _within(drop: float, task: str | Task | None) -> SearchAmount:
 
 
 def unpack(path: str | Path) -> Network:
-    """The network in a ``.penjing`` file.
+    """The network in a package: a ``.penjing`` file or a directory.
 
     Raises:
         InputError: there is no such file.
         PackageError: it is not a package, damaged, or too new.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file {path}", hint="a package is what pack or deploy wrote")
     topology, arrays, _ = package.read(path)
     return Network.from_state(topology, arrays)
 
 
-@contextmanager
-def folder_whole(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` only if the block ends well; otherwise nothing remains of it.
-
-    Raises:
-        OutputError: ``out`` exists and is neither empty nor a bundle, or its place cannot be written.
-    """
-    _refuse_foreign(out)
+def _is_bundle(folder: Path) -> bool:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}", hint="name another place") from error
-    try:
-        aside.chmod(0o755)  # mkdtemp makes private folders; a bundle is read by others
-        yield aside
-        _replace(aside, out)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}", hint="name another place") from error
-    finally:  # also on Ctrl-C
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _refuse_foreign(out: Path) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir() or out.is_symlink():
-        raise OutputError(f"{out} exists and is not a folder", hint="name another folder")
-    if any(out.iterdir()):
-        try:
-            _provenance(out)
-        except InputError:
-            raise OutputError(f"{out} holds other files", hint="name a new or empty folder") from None
-
-
-def _replace(aside: Path, out: Path) -> None:
-    if not out.exists():
-        os.rename(aside, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        os.rename(out, old / "old")
-        try:
-            os.rename(aside, out)
-        except BaseException:
-            os.rename(old / "old", out)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+        _provenance(folder)
+    except InputError:
+        return False
+    return True
 
 
 def _artifact(

@@ -14,6 +14,7 @@ PenjingError
 │   ├── SignatureError  a signature that is malformed, by another key, of something else, or too old
 │   └── SealError       a sealed package that these keys do not open, or that was changed
 ├── KeyFileError        a file of keys that cannot be read, or not with this passphrase
+├── TransferError       a package that the servers did not give whole
 ├── BudgetError         constraints that cannot be read
 └── OutputError         a result that could not be written whole
 
@@ -86,6 +87,10 @@ class SealError(PackageError):
 
 class KeyFileError(PenjingError):
     """A file of keys that cannot be read, or not with this passphrase."""
+
+
+class TransferError(PenjingError):
+    """A package that the servers did not give whole."""
 
 
 class BudgetError(PenjingError):

@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,3 +44,48 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if aside is not None:
             with suppress(OSError):
                 aside.unlink()
+
+
+@contextmanager
+def appearing_folder(out: Path, *, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` only if the block ends well; otherwise nothing remains of it.
+
+    Folders on the way are made. `ours` tells whether a folder that stands there may be replaced. Raises OutputError
+    when it may not, or when the place cannot be written.
+    """
+    if "\0" in str(out):
+        raise OutputError(f"cannot write {str(out)!r}: no folder can be called so", hint="name a folder")
+    try:
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise OutputError(f"{out} exists and is not a folder", hint="name another folder")
+        if out.is_dir() and any(out.iterdir()) and not ours(out):
+            raise OutputError(f"{out} holds other files", hint="name a new or empty folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}", hint="name another place") from error
+    try:
+        aside.chmod(0o755)  # mkdtemp makes private folders
+        yield aside
+        replace_folder(aside, out)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}", hint="name another place") from error
+    finally:  # also on Ctrl-C
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(aside: Path, out: Path) -> None:
+    """Renames `aside` to `out`; what stood there is gone, or back in its place if that fails (OSError)."""
+    if not out.exists():
+        os.rename(aside, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        os.rename(out, old / "old")
+        try:
+            os.rename(aside, out)
+        except BaseException:
+            os.rename(old / "old", out)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -14,7 +14,7 @@ from penjing.cli import app
 from penjing.errors import InputError
 
 VERBS = (
-    "compress", "evaluate", "deploy", "sensitivity", "pack", "unpack", "inspect",
+    "compress", "evaluate", "deploy", "sensitivity", "pack", "unpack", "inspect", "split", "join", "pull",
     "keygen", "sign", "verify", "encrypt", "decrypt", "demo", "doctor",
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from penjing.package import layout
+from penjing.package import encode, layout, manifest, save, split
 
 HEAD = struct.Struct("<8sBHHIII")
 
@@ -103,3 +103,58 @@ def small():
 @pytest.fixture(scope="session")
 def equal():
     return same
+
+
+@pytest.fixture(scope="session")
+def carried():
+    """An encoded package of several parts, for transfers."""
+    rng = np.random.default_rng(2)
+    arrays = {f"{i}.weight": rng.integers(-127, 128, (900, 1200)).astype(np.int8) for i in range(4)}
+    arrays |= {"wide": rng.normal(size=(700, 900)).astype(np.float32), "bias": rng.random(40).astype(np.float32)}
+    return encode("a topology", arrays)
+
+
+@pytest.fixture(scope="session")
+def front(carried):
+    return manifest.parse(carried)
+
+
+@pytest.fixture(scope="module")
+def web(carried, tmp_path_factory):
+    """A folder with net.penjing, net/ and volumes of both kinds."""
+    folder = tmp_path_factory.mktemp("web")
+    save(carried, folder / "net.penjing")
+    save(carried, folder / "net", layout="directory")
+    split(folder / "net.penjing", folder / "files", into=3)
+    split(folder / "net.penjing", folder / "hosts", into=3, layout="directory")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(web):
+    from web_servers import hosting
+
+    with hosting(web) as server:
+        yield server
+
+
+@pytest.fixture
+def host(server):
+    """The folder `web` on a real server, which lies if told so."""
+    server.honest()
+    return server
+
+
+@pytest.fixture
+def pull(tmp_path, monkeypatch):
+    """Pulls URLs to `pull.out`, with little patience and, whatever the machine's settings, through no proxy."""
+    from penjing.package import transfer
+
+    def pull(*urls, **more):
+        return transfer.pull(urls, pull.out, **{"patience": pull.quick, **more})
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
+    pull.out, pull.kept = tmp_path / "out.penjing", tmp_path / "out.penjing.pull"
+    pull.quick = transfer.Patience(tries=3, pause=0.01, timeout=0.4)
+    return pull

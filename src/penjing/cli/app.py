@@ -32,10 +32,13 @@ from penjing.cli import (
     encrypt,
     evaluate,
     inspect,
+    join,
     keygen,
     pack,
+    pull,
     sensitivity,
     sign,
+    split,
     unpack,
     verify,
 )
@@ -58,6 +61,9 @@ for _verb, _group in (
     (pack.pack, "Files"),
     (unpack.unpack, "Files"),
     (inspect.inspect, "Files"),
+    (split.split, "Files"),
+    (join.join, "Files"),
+    (pull.pull, "Files"),
     (keygen.keygen, "Who made it, and who may read it"),
     (sign.sign, "Who made it, and who may read it"),
     (verify.verify, "Who made it, and who may read it"),
@@ -78,6 +84,7 @@ _UNWRITABLE = {
     errno.ENOTDIR,
     errno.EIO,
 }
+_STOPPED = (130, 143)  # by Ctrl-C, by SIGTERM
 # typer brings its own copy of click; this is the base of its usage errors, whichever copy that is.
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -130,6 +137,8 @@ def _code(result: object, screen: Screen | None = None) -> int:
 def _failed(screen: Screen, error: BaseException) -> int:
     """Says what went wrong and returns the exit code."""
     message, hint, code = _explain(error)
+    if code in _STOPPED and screen.kept:
+        message = f"{message.partition(':')[0]}: {screen.kept}"
     screen.line(f"error: {message}" if code != 130 else message)
     if hint:
         screen.line(f"hint: {hint}")

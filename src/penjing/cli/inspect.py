@@ -27,7 +27,7 @@ def inspect(
     context: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(metavar="WHAT", help="A .penjing file, a bundle's folder, or any MODEL as in penjing compress."),
+        typer.Argument(metavar="WHAT", help="A package, a bundle's folder, or any MODEL as in penjing compress."),
     ],
     data: options.OptionalData = None,
     input_shape: options.Shapes = None,
@@ -53,6 +53,7 @@ def inspect(
     from penjing.analysis.footprint import footprint
     from penjing.data import load_data
     from penjing.evaluation import describe
+    from penjing.package.directory import is_package
     from penjing.package.provenance import trace
 
     screen: Screen = context.obj
@@ -61,15 +62,19 @@ def inspect(
     written = None if bom is None else output_file(bom, suffixes=(".json",))
     inner = path / "network.penjing" if path.is_dir() else path
     if written is not None and (inner.suffix != ".penjing" or not inner.is_file()):
-        raise InputError(f"{model} is no package or bundle", hint="a bill of materials is of a file: pack the network")
-    if path.suffix == ".penjing" and path.is_file():
+        raise InputError(
+            f"{model} is {'a package of many files' if is_package(path) else 'no package or bundle'}",
+            hint="a bill of materials is of a file: penjing pack and penjing join make one",
+        )
+    packed = is_package(path) or (path.suffix == ".penjing" and path.is_file())
+    if packed:
         contents = package.inspect(path)
         found["package"] = contents.to_dict()
         screen.line(str(contents))
         if contents.sealed_bytes:
             return _sealed(screen, found, provenance or groups or bom is not None)
         screen.say()
-    if path.is_dir():
+    if path.is_dir() and not packed:
         found["report"] = _report(screen, path)
     samples = load_data(data) if data else None
     network = load_network(model, data=samples, shapes=input_shape)

@@ -3,7 +3,7 @@
 file.py:callable, package.module:callable    a function without arguments that returns an nn.Module (or a Network)
 net.pt2                                      a saved torch.export program
 net.safetensors                              what Network.save wrote
-net.penjing                                  a package
+net.penjing                                  a package; also a folder, in the directory layout
 folder/                                      a bundle that penjing compress or deploy wrote
 """
 
@@ -53,11 +53,14 @@ def load_teachers(texts: list[str], *, data: Data | None = None) -> dict[str, li
 
 def _from_file(text: str, path: Path) -> Network:
     import penjing as pj
+    from penjing.package.directory import is_package
 
     if path.suffix in _LATER:
         raise InputError(f"{text}: {_LATER[path.suffix]} cannot be read yet", hint=f"for now MODEL is {FORMS}")
     if not path.exists():
         raise InputError(f"there is no file {text}", hint=_nearest(path) or f"MODEL is {FORMS}")
+    if path.is_dir() and is_package(path):
+        return pj.unpack(path)
     if path.is_dir():
         return _from_folder(text, path)
     if path.suffix == ".py":

@@ -85,5 +85,13 @@ Trackers = Annotated[
         "--resume. Give it again for more.",
     ),
 ]
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="LAYOUT",
+        help="file, or directory: a manifest and one file a part, for any static web server.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Makes the run repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from penjing.errors import OutputError
@@ -25,16 +25,17 @@ def output_file(text: str, *, suffixes: tuple[str, ...] = ()) -> Path:
     return path
 
 
-def output_folder(text: str, *, files: Collection[str] = ()) -> Path:
+def output_folder(text: str, *, files: Collection[str] = (), ours: Callable[[Path], bool] | None = None) -> Path:
     """The path of a folder to write, which is absent, empty, an earlier result of penjing, or holds only `files`.
 
-    A folder of anything else is refused: nothing of somebody's is ever overwritten.
+    `ours` tells what an earlier result is (default: a bundle, or a folder of bundles). A folder of anything else is
+    refused: nothing of somebody's is ever overwritten.
     """
     path = Path(text).expanduser()
     if path.exists() and not path.is_dir():
         raise OutputError(f"{text} exists and is not a folder", hint="name another folder with --out")
     held = {each.name for each in path.iterdir()} if path.is_dir() else set()
-    if held - set(files) and not _is_ours(path):
+    if held - set(files) and not (ours or _is_ours)(path):
         raise OutputError(f"{text} holds other files", hint="name a new or empty folder with --out")
     _probe(path.parent, text)
     return path

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from penjing.cli import options
 from penjing.cli.models import load_network
-from penjing.cli.outputs import output_file
+from penjing.cli.outputs import output_file, output_folder
 from penjing.cli.screen import Screen
+from penjing.errors import InputError
 
 
 def pack(
     context: typer.Context,
     model: options.Model,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The package to write, ending in .penjing.")],
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="The package to write, ending in .penjing; or a folder.")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="The same, as an option.")] = None,
+    layout: options.Layout = "file",
     rate: Annotated[
         float | None,
         typer.Option(
@@ -35,9 +41,10 @@ def pack(
     input_shape: options.Shapes = None,
     json: options.Json = False,
 ) -> int:
-    """Packs MODEL into one entropy-coded file for the wire, bit for bit, or with fewer bytes for a little less.
+    """Packs MODEL, entropy-coded for the wire, bit for bit, into one file or a folder to put on a web server; or into
+    fewer bytes for a little less.
 
-    [bold]penjing pack bundle/ net.penjing[/]
+    [bold]penjing pack bundle/ net.penjing[/]   [bold]penjing pack bundle/ --out net/ --layout directory[/]
     [bold]penjing pack model.py:net net.penjing --max-drop 0.5 --data samples.npz --task classification[/]
     """
     import penjing as pj
@@ -45,16 +52,43 @@ def pack(
     from penjing.evaluation import words
 
     screen: Screen = context.obj
-    path = output_file(file, suffixes=(".penjing",))
+    path = _place(context, file, out, layout)
     samples = load_data(data) if data else None
     network = load_network(model, data=samples, shapes=input_shape)
     with screen.task("pack"):
-        pj.pack(network, path, rate=rate, max_drop=max_drop, data=samples, task=task, seed=seed, progress=screen)
-    size = path.stat().st_size
+        size = pj.pack(
+            network,
+            path,
+            layout=layout,
+            rate=rate,
+            max_drop=max_drop,
+            data=samples,
+            task=task,
+            seed=seed,
+            progress=screen,
+        )
     raw = sum(network.stored_bytes().values())
     screen.line(f"{path}: {words.size(size)} ({_beside(size, raw)} than the tensors themselves, {words.size(raw)})")
     screen.emit({"schema": 1, "path": str(path), "bytes": size, "tensor_bytes": raw})
     return 0
+
+
+def _place(context: typer.Context, file: str | None, out: str | None, layout: str) -> Path:
+    """Where the package goes, which stands as an argument or behind --out."""
+    from penjing.package import directory
+
+    directory.check(layout)
+    if (file is None) == (out is None):
+        raise InputError(
+            "the package's FILE is missing" if file is None else "FILE is given twice",
+            hint=f"{context.command_path} --help lists what it takes",
+        )
+    text = file or out or ""
+    return (
+        output_folder(text, ours=directory.is_ours)
+        if layout == "directory"
+        else output_file(text, suffixes=(".penjing",))
+    )
 
 
 def _beside(size: int, raw: int) -> str:

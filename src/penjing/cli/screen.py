@@ -36,6 +36,7 @@ class Screen:
 
     def __init__(self, *, json_wanted: bool = False) -> None:
         self.json_wanted = json_wanted
+        self.kept = ""  # what is not lost if the verb is stopped now, as a sentence
         self.console = Console(stderr=True, highlight=False, soft_wrap=False)
         self._bars: Progress | None = None
         self._tasks: list[TaskID] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ from penjing.errors import InputError
 
 def unpack(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The package, ending in .penjing.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The package, ending in .penjing, or its folder.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The file to write, ending in .safetensors.")],
     json: Json = False,
 ) -> int:
@@ -24,9 +25,10 @@ def unpack(
     [bold]penjing unpack net.penjing net.safetensors[/]
     """
     from penjing.evaluation import words
+    from penjing.package.directory import is_package
 
     screen: Screen = context.obj
-    if not file.endswith(".penjing"):
+    if not file.endswith(".penjing") and not is_package(Path(file).expanduser()):
         raise InputError(f"{file} is not a package", hint="a package ends in .penjing; penjing pack writes one")
     path = output_file(out, suffixes=(".safetensors",))
     network = load_network(file)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penjing.errors import InputError, PackageError
-from penjing.files import appearing
-from penjing.package import codecs, grids, layout
+from penjing.package import codecs, directory, grids, layout
 from penjing.package.layout import HEADER_SIZE, Header, Index, Part
+from penjing.package.manifest import tensors_in
 from penjing.package.pieces import CODES, Tensor, divide, spec
 from penjing.progress import SILENT, Progress
 
@@ -111,26 +111,26 @@ def write(
     progress: Progress = SILENT,
 ) -> int:
     """Writes a package and returns its bytes; the file appears whole or not at all. Raises OutputError, InputError."""
-    data = encode(topology, arrays, metadata=metadata, progress=progress)
-    with appearing(path) as aside:
-        aside.write_bytes(data)
-    return len(data)
+    return directory.save(encode(topology, arrays, metadata=metadata, progress=progress), path)
 
 
 def read(path: str | os.PathLike[str], *, progress: Progress = SILENT) -> tuple[str, dict[str, Array], dict[str, Any]]:
-    """Topology, arrays and metadata of a file. Raises PackageError for anything but a whole, undamaged package."""
+    """Topology, arrays and metadata of a file or directory. Raises PackageError for all but a whole, sound package."""
     return decode(load(path), progress=progress)
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Checks the index and the SHA-256 of every part of a file; raises PackageError at the first that is wrong."""
+    """Checks the index and the SHA-256 of every part of a package; raises PackageError at the first that is wrong."""
     _open(memoryview(load(path)))
 
 
 def load(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a file that starts as a package does and has the length that its header and index say."""
+    """The bytes of a file that starts as a package does and has the length that its header and index say; or those
+    that the parts of a directory make together."""
     path = Path(path)
     try:
+        if directory.is_package(path):
+            return directory.load(path)
         if not path.is_file():
             raise PackageError(
                 f"{path} is a folder or no ordinary file" if path.exists() else f"there is no file {path}",
@@ -166,14 +166,9 @@ def _payloads(index: Index, rest: memoryview) -> Iterator[memoryview]:
         payload = rest[at : at + part.stored]
         at += part.stored
         if _sha256(payload) != part.digest:
-            what = "the topology" if number == 0 else f"part {number - 1} ({_names(index, part)})"
+            what = "the topology" if number == 0 else f"part {number - 1} ({tensors_in(index, part)})"
             raise PackageError(f"{what} does not match its SHA-256", hint="the package is damaged: get it again")
         yield payload
-
-
-def _names(index: Index, part: Part) -> str:
-    names = [index.tensors[p.tensor].name for p in part.pieces]
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") or "sealed"
 
 
 def _topology(index: Index, payload: memoryview) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
 MAX_PART = 4 << 20  # raw bytes that a part may hold; a reader allocates no more than this at a time
-_TARGET = 2 << 20  # raw bytes that the writer aims at
+_TARGET = 2 << 20  # raw bytes that the writer aims at; a larger tensor shares no part, which readers must know
+_LEAST = 256 << 10  # raw bytes below which the writer goes on, so that coded parts are worth a request each
 _UNIT = 64  # least number of symbols that share a model
 
 CODES = "?bBhHiIqQefd"  # numpy's and struct's letters for the element types a package holds
@@ -92,28 +94,43 @@ def spec(tensors: Sequence[Tensor], piece: Piece) -> Spec:
 
 
 def in_part_order(tensors: Sequence[Tensor]) -> list[int]:
-    """Numbers of the tensors in the order in which parts hold them: 8-bit grids first, then the others."""
-    grids = [i for i, t in enumerate(tensors) if t.is_grid]
-    return grids + [i for i, t in enumerate(tensors) if not t.is_grid]
+    """Numbers of the tensors in the order in which parts hold them: 8-bit grids first, then the others; in both, first
+    those that can share a part, then those too large for that (else each small one between large ones had its own)."""
+    return sorted(range(len(tensors)), key=lambda i: (not tensors[i].is_grid, _is_large(tensors[i])))
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.nbytes > _TARGET
 
 
 def divide(tensors: Sequence[Tensor]) -> list[tuple[Piece, ...]]:
     """The pieces of each part."""
     parts: list[tuple[Piece, ...]] = []
-    bundle: list[Piece] = []
-    filled, kind = 0, True
-    for i in in_part_order(tensors):
-        tensor = tensors[i]
-        if bundle and (filled + tensor.nbytes > _TARGET or tensor.is_grid != kind):
-            parts.append(tuple(bundle))
-            bundle, filled = [], 0
-        kind = tensor.is_grid
-        if tensor.nbytes > _TARGET:
-            parts += [(piece,) for piece in _ranges(i, tensor)]
+    kinds = groupby(in_part_order(tensors), key=lambda i: (tensors[i].is_grid, _is_large(tensors[i])))
+    for (_, large), numbers in kinds:
+        if large:
+            parts += [(piece,) for i in numbers for piece in _ranges(i, tensors[i])]
         else:
-            bundle.append(Piece(tensor=i, start=0, stop=tensor.size))
-            filled += tensor.nbytes
-    return [*parts, tuple(bundle)] if bundle else parts
+            parts += _bundles(tensors, list(numbers))
+    return parts
+
+
+def _bundles(tensors: Sequence[Tensor], numbers: list[int]) -> list[tuple[Piece, ...]]:
+    """Neighbours together, none of the bundles small unless all is."""
+    bundles: list[list[Piece]] = []
+    filled = 0
+    for i in numbers:
+        piece = Piece(tensor=i, start=0, stop=tensors[i].size)
+        if bundles and (filled + tensors[i].nbytes <= _TARGET or filled < _LEAST):
+            bundles[-1].append(piece)
+            filled += tensors[i].nbytes
+        else:
+            bundles.append([piece])
+            filled = tensors[i].nbytes
+    if len(bundles) > 1 and filled < _LEAST:
+        last = bundles.pop()
+        bundles[-1] += last
+    return [tuple(bundle) for bundle in bundles]
 
 
 def _ranges(number: int, tensor: Tensor) -> list[Piece]:
