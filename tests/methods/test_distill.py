@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from penjing.errors import DataError, RecipeError
 from penjing.methods.distill import Distill
 from penjing.network import MaskWeights, Network, SetWeights, capture
 from penjing.recipe import Context, Recipe
+from penjing.recipe.distilling import Distilling
 from penjing.recipe.judging import scores_of
 from penjing.task import get_task
 
@@ -191,10 +193,8 @@ def test_the_mean_teacher_is_the_average_of_the_student() -> None:
     student = network(wide(width=6), "student")
     task = get_task("classification")
     context = Context(original=student, data=Data((X, Y)), task=task)
-    from penjing.methods.distill import _Lesson
-
     step = Distill(teacher="self", epochs=1, lr=0.05, batch_size=32, alpha=0.5, self_average=0.5, augment="flip-crop")
-    lesson = _Lesson(step, student, context)
+    lesson = Distilling(step, student, context)
     seen = [{n: t.clone() for n, t in lesson.learner.student.state_dict().items()}]
     follow = lesson._after_step
 
@@ -227,6 +227,7 @@ def test_kept_answers_change_nothing(teacher: Network, tmp_path: Path) -> None:
     assert np.allclose(answers, teacher.run((X,))[0].numpy(), atol=1e-5)
     # What is read is what stands there; what is not whole is made anew; other samples and teachers have other files.
     np.save(file, -answers)
+    file.with_suffix(".sha256").write_text(hashlib.sha256(file.read_bytes()).hexdigest())
     turned = distilled(student, teacher, cache=str(tmp_path))
     assert not torch.equal(turned.tensors()["head.weight"], plain.tensors()["head.weight"])
     file.write_bytes(file.read_bytes()[:500])
@@ -251,7 +252,7 @@ def test_samples_too_many_for_memory_are_kept_beside(
 def test_answers_asked_live_are_those_kept(teacher: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     student = network(Small(), "student")
     kept = distilled(student, teacher)
-    monkeypatch.setattr("penjing.methods.distill.fits_in_memory", lambda data: False)
+    monkeypatch.setattr("penjing.recipe.distilling.keepable", lambda data, seed: False)
     live = distilled(student, teacher)
     for name, value in live.tensors().items():
         assert torch.allclose(value, kept.tensors()[name], atol=1e-5), name
@@ -280,6 +281,116 @@ def test_what_measured_best_on_held_out_samples_is_kept(teacher: Network, labels
         ((_, held),) = Data((X, Y)).split([0.25], seed=0)
         scores = scores_of(result.network, held, get_task("classification"))
         assert float(scores.double().mean()) == pytest.approx(best, abs=1e-3)
+
+
+class Varied(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """Images with noise of their own each time."""
+
+    reads = 0
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads += 1
+        return X[index] + 0.1 * torch.randn(3, 8, 8), int(Y[index])
+
+
+@pytest.mark.parametrize("size", [8, 48, 192])
+@pytest.mark.parametrize("step", [Distill, pj.Finetune])
+def test_a_pass_is_a_pass_whatever_batches_the_samples_come_in(size: int, step: Any, teacher: Network) -> None:
+    """Answers that are kept are cut as a DataLoader cuts its samples."""
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), size, shuffle=True)
+    settings = {"teacher": "original", "epochs": 3, "lr": 0.01}
+    result = pj.compress(teacher, Recipe(step(**settings)), data=loader, task="classification")
+    assert result.plans[0].notes[0].startswith(f"{3 * 192 // size} steps;")
+
+
+@pytest.mark.parametrize("step", [Distill, pj.Finetune])
+def test_samples_that_vary_are_read_anew_in_every_pass(step: Any, teacher: Network, tmp_path: Path) -> None:
+    varied, settings = Varied(), {"teacher": "original", "epochs": 3, "lr": 0.01}
+    pj.compress(teacher, Recipe(step(**settings)), data=varied, task="classification")
+    assert varied.reads >= 3 * 192
+    with pytest.raises(RecipeError, match="samples are others each time"):
+        pj.compress(teacher, Recipe(Distill(**settings, cache=str(tmp_path))), data=varied, task="classification")
+
+
+class Stream(torch.utils.data.IterableDataset[tuple[torch.Tensor, int]]):
+    """Samples one after the other, and nobody knows how many."""
+
+    def __iter__(self) -> Any:
+        return iter([(x, int(y)) for x, y in zip(X, Y, strict=True)])
+
+
+def test_samples_of_a_stream_are_held_out_one_by_one(teacher: Network) -> None:
+    step = Distill(teacher="original", epochs=2, lr=0.01, held_out=0.25, batch_size=16)
+    notes = pj.compress(teacher, Recipe(step), data=Stream(), task="classification").plans[0].notes
+    assert notes[0].startswith("18 steps;")
+    assert notes[1].partition("epochs: ")[2].count(",") == 1
+
+
+def test_states_that_begin_with_zeros_are_not_compared() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            torch.manual_seed(width)
+            self.inner, self.last = nn.GRU(4, width, batch_first=True), nn.Linear(width, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.inner(x)[0].mean(1))
+
+    x = torch.randn(64, 12, 4, generator=torch.Generator().manual_seed(2))
+    small, big = (capture(Recurrent(w), inputs=(x[:2],), name=f"gru{w}") for w in (8, 12))
+    pairs = feature_pairs(small, big, x[:16], "auto", "fitnet", field="features")
+    assert pairs and not any(value.constant for pair in pairs for value in pair)
+    losses = _losses(
+        pj.compress(
+            small,
+            Recipe(Distill(teacher="big", epochs=2, features="auto")),
+            data=x,
+            task="classification",
+            teachers={"big": big},
+        )
+    )
+    assert max(losses) < 100
+    with pytest.raises(RecipeError, match="zeros is the same everywhere"):
+        feature_pairs(small, big, x[:16], {"zeros*": "zeros*"}, "fitnet", field="features")
+
+
+def _losses(result: pj.Result) -> list[float]:
+    return [float(v) for v in result.plans[0].notes[0].rpartition(": ")[2].split(", ")]
+
+
+@pytest.mark.parametrize("step", [Distill, pj.Finetune])
+def test_values_are_matched_by_one_measure_however_small_the_batch(step: Any) -> None:
+    """The variance of a single answer says nothing."""
+    x = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
+    start = capture(nn.Linear(5, 1), inputs=(x[:2],))
+    halved = start.apply([SetWeights(parameter="weight", value=0.5 * start.tensors()["weight"].detach())])
+    recipe = Recipe(step(teacher="original", epochs=3, batch_size=1, lr=0.01))
+    context = Context(original=start, data=Data(x))
+    plan = recipe.steps[0].plan(halved, context)
+    assert max(float(v) for v in plan.notes[0].rpartition(": ")[2].split(", ")) < 10
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "other dtype", "no sum", "cut"])
+def test_damaged_answers_are_asked_for_again(damage: str, teacher: Network, tmp_path: Path) -> None:
+    student = network(Small(), "small")
+    settings = {"data": X, "teachers": {"big": teacher}, "task": "classification"}
+    recipe = Recipe(Distill(teacher="big", epochs=2, cache=str(tmp_path)))
+    expected = pj.compress(student, recipe, **settings).network  # type: ignore[arg-type]
+    (file,) = tmp_path.glob("*.npy")
+    whole = file.read_bytes()
+    answers = np.load(file)
+    if damage == "cut":
+        file.write_bytes(whole[:-100])
+    elif damage == "no sum":
+        file.with_suffix(".sha256").unlink()
+    else:
+        np.save(file, np.zeros_like(answers) if damage == "zeroed" else answers.astype(np.float64))
+    found = pj.compress(student, recipe, **settings).network  # type: ignore[arg-type]
+    assert all(torch.equal(t, expected.tensors()[n]) for n, t in found.tensors().items())
+    assert file.read_bytes() == whole
 
 
 def test_alpha_one_never_looks_at_labels(teacher: Network) -> None:
@@ -320,10 +431,25 @@ def test_what_does_not_fit_is_said(teacher: Network) -> None:
     with pytest.raises(RecipeError, match="no network called 'big'") as caught:
         pj.compress(student, Recipe(Distill(teacher="big")), data=X)
     assert "teachers={'big': network}" in (caught.value.hint or "")
-    with pytest.raises(RecipeError, match="main output of more is 2×4 and that of student 2×3"):
+    with pytest.raises(RecipeError, match="main output of more is N×4 and that of student N×3"):
         distilled(student, network(wide(classes=4), "more"))
     with pytest.raises(DataError, match="needs samples"):
         pj.compress(student, Recipe(Distill()))
+    larger = capture(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 100, 3)), inputs=(torch.rand(2, 3, 10, 10),), name="larger"
+    )
+    with pytest.raises(RecipeError, match="larger does not take the samples of student"):
+        distilled(student, larger)
+    with pytest.raises(RecipeError, match="alpha is 0"):
+        distilled(student, teacher, alpha=0)
+    with pytest.raises(RecipeError, match="scores one class only"):
+        pj.compress(network(wide(classes=1), "one"), Recipe(Distill()), data=X, task="classification")
+    with pytest.raises(RecipeError, match="numbers of classes"):
+        one_hot = nn.functional.one_hot(Y, 3).float()
+        pj.compress(student, Recipe(Distill(logits="dkd")), data=(X, one_hot), task="classification")
+    some = [(X[:96], Y[:96]), (X[96:], None)]
+    with pytest.raises(DataError, match="1 of 2 batches have no labels"):
+        pj.compress(student, Recipe(Distill()), data=some, task="classification")
     with pytest.raises(RecipeError, match="is quantized and cannot learn"):
         small = pj.compress(student, Recipe(pj.Quantize()), data=X).network
         pj.compress(student, Recipe(Distill(mutual=["q"])), data=X, teachers={"q": small})
@@ -341,6 +467,9 @@ def test_what_does_not_fit_is_said(teacher: Network) -> None:
         ({"teacher": None}, "learns from nobody"),
         ({"teacher_weights": [0]}, "must be numbers above 0"),
         ({"features": "all"}, "must be 'auto' or a mapping"),
+        ({"features": {"relu": 3}}, "must be 'auto' or a mapping"),
+        ({"cache": ""}, "cache must be a folder"),
+        ({"cache": 3}, "cache must be a folder"),
         ({"features": "auto", "teacher": None, "mutual": ["a"]}, "needs a teacher"),
         ({"cache": "x", "augment": "flip-crop"}, "answers that do not change"),
         ({"self_average": 1.0}, "must be below 1"),

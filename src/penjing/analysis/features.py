@@ -29,14 +29,15 @@ _VECTOR = 128
 
 @dataclass(frozen=True)
 class Value:
-    """A graph value: its node's name, shape, the dimension of its channels, and whether it is only a view of another or
-    the sum of two."""
+    """A graph value: its node's name, shape, the dimension of its channels, and whether it is only a view of another,
+    the sum of two, or the same everywhere (a state that begins with zeros)."""
 
     name: str
     shape: tuple[int, ...]
     channels: int
     view: bool = False
     sum: bool = False
+    constant: bool = False
 
     @property
     def width(self) -> int:
@@ -63,7 +64,8 @@ def feature_pairs(
     """
     mine, theirs = values_of(student, inputs), values_of(teacher, inputs)
     if features == "auto":
-        pairs = _tokens(mine, theirs) or _stages(mine, theirs)
+        varying = [{n: v for n, v in values.items() if not v.constant} for values in (mine, theirs)]
+        pairs = _tokens(*varying) or _stages(*varying)
         hint = "name them: features: {student's value: teacher's value}"
         if not pairs:
             raise RecipeError(f"{field}: {student.name} and {teacher.name} share no resolution to compare", hint=hint)
@@ -77,6 +79,9 @@ def feature_pairs(
                     hint="patterns pair in order, so both must select as many",
                 )
             pairs += zip(*found, strict=True)
+        same = next((v.name for pair in pairs for v in pair if v.constant), None)
+        if same is not None:
+            raise RecipeError(f"{field}: {same} is the same everywhere", hint="name a value that samples change")
     if FEATURE_LOSSES.get(loss).positions:
         flat = next((v for pair in pairs for v in pair if math.prod(v.places) < 2), None)
         if flat is not None:
@@ -93,7 +98,9 @@ def values_of(network: Network, inputs: Any) -> dict[str, Value]:
     walk = _Shapes(network.graph_module)
     walk.run(*network.bind(inputs).values())
     return {
-        n.name: Value(n.name, shape, _channels(n, len(shape)), operator_name(n) in VIEWS, is_sum(n))
+        n.name: Value(
+            n.name, shape, _channels(n, len(shape)), operator_name(n) in VIEWS, is_sum(n), n.name in walk.constant
+        )
         for n in network.graph_module.graph.nodes
         if (shape := walk.seen.get(n.name)) is not None
     }
@@ -105,11 +112,14 @@ class _Shapes(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.seen: dict[str, tuple[int, ...]] = {}
+        self.constant: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         made = super().run_node(n)
         if n.op == "call_function" and isinstance(made, Tensor) and made.is_floating_point() and made.ndim > 1:
             self.seen[n.name] = tuple(made.shape)
+            if made.numel() and bool((made == made.flatten()[0]).all()):
+                self.constant.add(n.name)
         return made
 
 

@@ -19,7 +19,7 @@ from penjing.recipe.lessons import (
     LearningStep,
     channels_last,
     count_batches,
-    fits_in_memory,
+    keepable,
     laid_out,
     learned,
     lessons,
@@ -29,7 +29,7 @@ from penjing.recipe.lessons import (
 )
 from penjing.recipe.watching import watching
 from penjing.task import class_dimension, primary
-from penjing.tensors.distillation import matching, soft_labels
+from penjing.tensors.distillation import matching, soft_labels, spread
 from penjing.training import Batch, call, train
 
 #: At most so many residual sums are compared: each takes as long as a layer, and neighbours say nearly the same.
@@ -94,7 +94,12 @@ class Finetune(LearningStep):
         teacher = taught.module() if self.teacher else None
         fast = channels_last(data, student, *([teacher] if teacher else []))
         batches = self._batches(data, teacher, context, fast)
-        loss = self._loss(network, context, teacher, sums)
+        scale = None
+        if teacher is not None and class_dimension(context.task, network.task) is None:
+            first = data.first(_LIKENESS_SAMPLES if context.original.batch_is_dynamic else self.batch_size)
+            with torch.no_grad():
+                scale = spread(primary(self._outputs(call(teacher, laid_out(first, fast)))))
+        loss = self._loss(network, context, teacher, sums, scale)
         own = set(network.parameter_names)
         monitor = None
         if held is not None:
@@ -134,7 +139,7 @@ class Finetune(LearningStep):
             raise DataError(
                 "Finetune needs samples and no data was given", hint="give data, best what it was trained on"
             )
-        if self.teacher is None:
+        if self.teacher is None or self.alpha == 0:
             if context.task is None:
                 raise RecipeError(
                     "Finetune needs a task to train by labels, and none was given",
@@ -153,13 +158,14 @@ class Finetune(LearningStep):
         seed = context.seed
         free = context.original.batch_is_dynamic
         constant = teacher is not None and self.augment is None and not self.hints and self.epochs > 1 and free
+        constant = constant and keepable(data, seed)
         kept: list[Batch] = []  # once a training that goes on, or has ended, turns out to need them
 
         def ask(inputs: Any) -> Tensor:
             return primary(call(cast(nn.Module, teacher), laid_out(inputs, fast)))
 
         def of_epoch(epoch: int) -> Iterator[Batch]:
-            if constant and not kept and fits_in_memory(data):
+            if constant and not kept:
                 kept.append(lessons(data, [ask], context.progress, seed=seed))
             known, own = kept[0] if kept else None, seed * 7919 + epoch
             for inputs, labels, answers, _ in one_pass(
@@ -179,6 +185,7 @@ class Finetune(LearningStep):
         context: Context,
         teacher: nn.Module | None,
         sums: Mapping[str, tuple[int, Tensor] | None],
+        scale: float | None,
     ) -> Callable[[nn.Module, Batch], Tensor]:
         task = context.task
         dim = class_dimension(task, network.task)
@@ -197,7 +204,7 @@ class Finetune(LearningStep):
                     hint = self.hints * torch.stack([matching(seen[n], _like(told[n], sums[n])) for n in told]).mean()
                 answer = primary(answer)
             got = primary(outputs)
-            soft = matching(got, answer) if dim is None else soft_labels(got, answer, self.temperature, dim)
+            soft = matching(got, answer, scale) if dim is None else soft_labels(got, answer, self.temperature, dim)
             # At alpha = 1 the labels are not even looked at, so that they may be anything.
             if task is None or labels is None or self.alpha == 1:
                 return soft + hint

@@ -17,14 +17,15 @@ from penjing.tensors.distillation import LOGIT_LOSSES, Softening, matching
 class AnswerLoss:
     """How far answers are from the teachers', from each other's and from the labels.
 
-    `logits` names a loss for classes along `softening.dim`; without it values are matched. Teachers and the others
-    weigh `alpha`, `by_labels(outputs, labels)` the rest; without it only teachers and the others are followed.
+    `logits` names a loss for classes along `softening.dim`; without it values are matched, by `scale`. Teachers and the
+    others weigh `alpha`, `by_labels(outputs, labels)` the rest; without it only teachers and the others are followed.
     """
 
     logits: str | None
     softening: Softening
     alpha: float
     by_labels: Callable[[Any, Any], Tensor] | None
+    scale: float | None = None
 
     def reads(self, labels: Any) -> bool:
         """Whether labels are looked at: at `alpha` = 1 they may be anything."""
@@ -46,6 +47,6 @@ class AnswerLoss:
 
     def _soft(self, student: Tensor, teacher: Tensor, labels: Any) -> Tensor:
         if self.logits is None:
-            return matching(student, teacher)
+            return matching(student, teacher, self.scale)
         known = torch.as_tensor(labels) if self.reads(labels) else None
         return LOGIT_LOSSES.get(self.logits)(student, teacher, self.softening, known)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from penjing.data import Data, concatenate
-from penjing.errors import RecipeError
+from penjing.errors import DataError, RecipeError
 from penjing.files import appearing
 from penjing.network import Network, SetWeights
 from penjing.progress import Progress
@@ -110,6 +110,18 @@ class LearningStep(Step):
         return rest, held
 
 
+def keepable(data: Data, seed: int) -> bool:
+    """Whether there are samples of a known number that can be held all at once, and are the same whenever they are
+    read."""
+    return fits_in_memory(data) and not varies(data, seed)
+
+
+def varies(data: Data, seed: int) -> bool:
+    """Whether samples are others each time they are read; the caller's random numbers stay as they were."""
+    with randomness.seeded(seed):
+        return data.varies()
+
+
 def fits_in_memory(data: Data) -> bool:
     """Whether there are samples of a known number that can be held all at once."""
     try:
@@ -143,7 +155,7 @@ def lessons(
     for number, ask in enumerate(teachers):
         name = hashlib.sha256(f"{digests[number]} {samples}".encode()).hexdigest() if place is not None else ""
         file = None if place is None else place / f"answers-{name[:32]}.npy"
-        found = None if file is None else _mapped(file, size_of(inputs))
+        found = None if file is None else _mapped(file)
         if found is None:
             found = _asked(ask, inputs, progress, file)
         answers.append(found)
@@ -155,7 +167,10 @@ def _held(data: Data, folder: Path | None) -> tuple[Any, Any]:
     batches = data.batches(_BATCH)
     if folder is None or fits_in_memory(data):
         parts = list(batches)
-        labels = None if any(y is None for _, y in parts) else concatenate(y for _, y in parts)
+        without = sum(y is None for _, y in parts)
+        if 0 < without < len(parts):
+            raise DataError(f"{without} of {len(parts)} batches have no labels", hint="label every sample, or none")
+        labels = None if without else concatenate(y for _, y in parts)
         return concatenate(x for x, _ in parts), labels
     first = next(batches)
     count = sum(size_of(x) for x, _ in data.batches(_BATCH))
@@ -182,32 +197,40 @@ def _asked(ask: Callable[[Any], Tensor], inputs: Any, progress: Progress, file: 
 
 
 def _written(files: Sequence[Path], count: int, rows: Iterator[Sequence[Tensor]]) -> list[Tensor]:
-    """Rows of tensors (n, …), `count` in all, each to its file; the files' tensors, memory-mapped."""
+    """Rows of tensors (n, …), `count` in all, each to its file, and beside it the file's SHA-256; the files' tensors,
+    memory-mapped."""
     with ExitStack() as stack:
-        asides = [stack.enter_context(appearing(file)) for file in files]
-        arrays: list[np.memmap[Any, Any]] = []
-        done = 0
-        for row in rows:
-            values = [t.cpu().numpy() for t in row]
-            arrays = arrays or [
-                np.lib.format.open_memmap(aside, "w+", v.dtype, (count, *v.shape[1:]))
-                for aside, v in zip(asides, values, strict=True)
-            ]
-            for array, v in zip(arrays, values, strict=True):
-                array[done : done + len(v)] = v
-            done += len(values[0])
-        for array in arrays:
-            array.flush()
+        # Not through a memory map: there a full disk kills the process.
+        opened = [stack.enter_context(stack.enter_context(appearing(file)).open("wb")) for file in files]
+        for number, row in enumerate(rows):
+            for out, values in zip(opened, (t.cpu().contiguous().numpy() for t in row), strict=True):
+                if number == 0:
+                    described = {"descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(out, {**described, "shape": (count, *values.shape[1:])})
+                out.write(values.data)
+    for file in files:
+        with appearing(_sum_of(file)) as aside:
+            aside.write_text(_sha256(file), encoding="ascii")
     return [torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False)) for file in files]
 
 
-def _mapped(file: Path, count: int) -> Tensor | None:
-    """The tensor in a file, if that is there and whole; nothing that is written to it comes to the file."""
+def _mapped(file: Path) -> Tensor | None:
+    """The tensor in a file, if that is as it was written; nothing that is written to it comes to the file."""
     try:
-        array = np.load(file, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        if _sum_of(file).read_text(encoding="ascii") != _sha256(file):
+            return None
+        return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+    except (OSError, ValueError):
         return None
-    return torch.from_numpy(array) if len(array) == count else None
+
+
+def _sum_of(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _digest(samples: Any) -> str:
@@ -236,8 +259,10 @@ def one_pass(
     """Batches (inputs, labels, answers, inputs as they were before `augmentation`) of one pass, in an order of `seed`:
     of what `lessons` gave, or of `data` without answers; only whole batches unless the networks are `free` in that."""
     generator = torch.Generator().manual_seed(seed)
+    with randomness.seeded(seed):
+        size = size_of(next(data.batches(batch_size))[0])  # a DataLoader's batches have its own
     whole: Iterator[Batch] = (
-        slices(kept, batch_size, generator)
+        slices(kept, size, generator)
         if kept is not None
         else ((x, y, ()) for x, y in data.batches(batch_size, shuffle=True, seed=seed))
     )

@@ -51,12 +51,19 @@ def soft_labels(
     return (told.exp() * (told - said)).sum(dim).mean() * temperature * own
 
 
-def matching(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference, relative to the teacher's variance, for outputs that need not be logits.
+def matching(student: Tensor, teacher: Tensor, scale: float | None = None) -> Tensor:
+    """Mean squared difference, relative to `scale` (None: the teacher's variance), for outputs that need not be logits.
 
     For logits this is the limit of soft labels at a high temperature (Hinton et al. 2015, §2.1).
     """
-    return F.mse_loss(student, teacher) / teacher.var().clamp_min(1e-12)
+    return F.mse_loss(student, teacher) / (teacher.var().clamp_min(1e-12) if scale is None else scale)
+
+
+def spread(teacher: Tensor) -> float:
+    """What differences from a teacher's answers are measured by: their variance, their mean square where they are all
+    alike, 1 where they are zero."""
+    answers = teacher.detach().double()
+    return float(answers.var(unbiased=False)) or float(answers.square().mean()) or 1.0
 
 
 def standardized(logits: Tensor, dim: int = 1) -> Tensor:
@@ -113,12 +120,17 @@ def _standardized(student: Tensor, teacher: Tensor, how: Softening, labels: Tens
 
 @LOGIT_LOSSES.register("dkd")
 def _dkd(student: Tensor, teacher: Tensor, how: Softening, labels: Tensor | None) -> Tensor:
-    """Without labels (or where one says to ignore it) the target is the class that the teacher holds most likely."""
+    """Without labels (or where one is no class, as those to be ignored are) the target is the class that the teacher
+    holds most likely."""
     said, told = (x.movedim(how.dim, -1).flatten(0, -2) for x in (student, teacher))
     target = told.argmax(1)
     if labels is not None:
         given = labels.flatten()
-        target = torch.where(given >= 0, given, target)
+        if given.shape != target.shape or given.is_floating_point():
+            raise RecipeError(
+                "'dkd' compares with numbers of classes, and the labels are none", hint="logits: soft-labels"
+            )
+        target = torch.where((given >= 0) & (given < told.shape[1]), given, target)
     own = how.student_temperature or how.temperature
     first, second, _ = decoupled(said, told, target, (how.temperature, own))
     return (how.target_weight * first + how.other_weight * second).mean() * how.temperature * own
