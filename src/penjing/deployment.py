@@ -180,7 +180,7 @@ def pack(
             directory is absent, empty, or an earlier package, which is replaced.
         rate: as in ``CodeWeights``; ``data`` is looked at if it is given.
         max_drop: by how much ``task``'s metric may get worse on the half of the labelled samples in ``data`` that the
-            grids were not fitted to: points where it lies between 0 and 100 %, else its own unit.
+            grids were not fitted to, by a standard error: points where it lies between 0 and 100 %, else its own unit.
 
     Raises:
         InputError: another layout.
@@ -219,7 +219,10 @@ def _within(drop: float, task: str | Task | None) -> SearchAmount:
         raise RecipeError("pack: max_drop needs a task to judge by, and none was given", hint="task='classification'")
     limit = f"{drop:f}" + ("%" if known.unit == "%" else "")
     floor = f"{known.metric}>=-{limit}" if known.higher_is_better else f"{known.metric}<=+{limit}"
-    return SearchAmount(step=CodeWeights(rate=1.0), floor=floor, held_out=0.5, trials=_TRIALS, resolution=1e-4)
+    # By a standard error: of few samples some are right by chance.
+    return SearchAmount(
+        step=CodeWeights(rate=1.0), floor=floor, held_out=0.5, trials=_TRIALS, resolution=1e-4, errors=1.0
+    )
 
 
 def unpack(path: str | Path) -> Network:

@@ -64,6 +64,9 @@ class SearchAmount(Step):
     planned again with all samples. A network remembers what it was trained on: beside that the floor is stricter than
     on other samples.
 
+    With `errors` above 0 the floor must be held by so many standard errors of the difference, sample by sample: a few
+    samples cannot prove that little is lost.
+
     An amount that `step` cannot reach counts as one that does not hold. If none holds, nothing changes, and the plan
     says so.
     """
@@ -76,6 +79,7 @@ class SearchAmount(Step):
     held_out: float | None = None
     after: Step | None = None
     resolution: float | None = None
+    errors: float = 0.0
 
     def __post_init__(self) -> None:
         self.require_share("step")
@@ -86,6 +90,7 @@ class SearchAmount(Step):
         self.require_between("held_out", 0, 1, open_low=True, open_high=True)
         self.require_step("after")
         self.require_between("resolution", 0, 1, open_low=True)
+        self.require_between("errors", 0, float("inf"))
         if self.folds > 1 and self.held_out is not None:
             raise RecipeError(
                 "SearchAmount takes either folds or held_out, got both", hint="each of k folds holds 1/k of the samples"
@@ -128,7 +133,8 @@ class _Search:
         pairs = list(cast(Data, context.data).split(shares, seed=context.seed))
         self.seen = [seen for seen, _ in pairs]
         constraint, task = read_floor(settings, settings.floor), cast(Task, context.task)
-        self.judge = Judge(constraint, task, [held for _, held in pairs], network, context.progress)
+        held = [held for _, held in pairs]
+        self.judge = Judge(constraint, task, held, network, context.progress, errors=settings.errors)
         self.best: tuple[float, _Made] | None = None
         self.reasons: list[Reason] = []
         self.failures: list[RecipeError | EditError] = []

@@ -120,29 +120,46 @@ class Verdict:
 class Judge:
     """Holds networks against a floor, on samples that the Steps that made them never saw.
 
-    `held` are one or several folds of samples; with several, the mean of their metrics must meet the floor.
+    `held` are one or several folds of samples; with several, the mean of their metrics must meet the floor. It must do
+    so by `errors` standard errors of the difference, sample by sample.
     """
 
     def __init__(
-        self, constraint: Constraint, task: Task, held: Sequence[Data], network: Network, progress: Progress = SILENT
+        self,
+        constraint: Constraint,
+        task: Task,
+        held: Sequence[Data],
+        network: Network,
+        progress: Progress = SILENT,
+        *,
+        errors: float = 0.0,
     ) -> None:
         self.constraint, self._task, self._held, self._progress = constraint, task, held, progress
-        self._before = statistics.fmean(self._folds([network] * len(held)))
+        self._errors = errors
+        self._scores = self._folds([network] * len(held))
+        self._before = statistics.fmean(float(s.mean()) for s in self._scores)
 
     def judge(self, networks: Iterable[Network]) -> Verdict:
         """The verdict on `networks`, one for every fold."""
-        folds = self._folds(networks)
+        scores = self._folds(networks)
+        folds = [float(s.mean()) for s in scores]
         now = statistics.fmean(folds)
-        row = self.constraint.check(_measured(self._task, now), _measured(self._task, self._before))
         words = f"{self._task.metric} {self._shown(self._before)} → {self._shown(now)}"
+        surely = now
+        if self._errors:
+            off = torch.cat(scores) - torch.cat(self._scores)
+            doubt = self._errors * float(off.std()) / len(off) ** 0.5 if len(off) > 1 else float("inf")
+            surely = now - doubt if self._task.higher_is_better else now + doubt
+            words += f" ± {self._shown(doubt)}"
+        row = self.constraint.check(_measured(self._task, surely), _measured(self._task, self._before))
         if len(folds) > 1:
             error = statistics.stdev(folds) / len(folds) ** 0.5
             words += f" ± {self._shown(error)} (standard error of {len(folds)} folds)"
         return Verdict(bool(row["met"]), words)
 
-    def _folds(self, networks: Iterable[Network]) -> list[float]:
+    def _folds(self, networks: Iterable[Network]) -> list[Tensor]:
         return [
-            float(scores_of(n, data, self._task, progress=self._progress).double().mean())
+            scores_of(n, data, self._task, progress=self._progress).double()
             for n, data in zip(networks, self._held, strict=True)
         ]
 
