@@ -165,7 +165,7 @@ class Trainings:
         tracking = Tracking(self.trackers, self.logs, f"{self.name}-{digest[:8]}") if self.trackers else None
         if (context.after_step or context.penalty) and not self.within:
             return None, tracking
-        return Checkpoint(self.folder / f"training-{digest}.safetensors"), tracking
+        return Checkpoint(self.folder / f"training-{digest}.safetensors", context.watcher), tracking
 
     def forget(self) -> None:
         """Deletes the checkpoints."""

@@ -1,7 +1,7 @@
 """Training: the one loop, and what goes on around it."""
 
 from penjing.training.augmentation import AUGMENTATIONS, augment
-from penjing.training.checkpoint import Checkpoint
+from penjing.training.checkpoint import Checkpoint, Watcher
 from penjing.training.loop import AfterStep, Batch, call, train
 from penjing.training.precision import PRECISIONS
 from penjing.training.processes import count_processes, is_main_process, wait_for_all
@@ -23,6 +23,7 @@ __all__ = [
     "Trained",
     "Tracking",
     "Training",
+    "Watcher",
     "augment",
     "call",
     "count_processes",

@@ -38,7 +38,7 @@ from penjing.training.trackers import Log, Tracking
 
 Batch = tuple[Any, ...]  #: (inputs, labels, …): what `loss` takes apart; the first tensor in it counts the samples
 #: (the module, the share of the steps that is done, the learning rate) → nothing: changes the module in place. It may
-#: remember its last call and nothing else: a training that goes on after a kill repeats that call first.
+#: remember its last call, which a training that goes on after a kill repeats first; a Watcher remembers more.
 AfterStep = Callable[[nn.Module, float, float], None]
 
 #: With several processes, so many steps lie between two looks at whether a checkpoint is due: a look costs a message.
