@@ -51,6 +51,7 @@ class Context:
         with `place` if there are none."""
         known = {"original": (self.original,), **self.teachers}
         if name not in known:
-            hint = did_you_mean(name, known) if self.teachers else f"compress(..., teachers={{{name!r}: network}})"
+            given = f"give it: teachers={{{name!r}: network}}, on the command line --teacher {name}=MODEL"
+            hint = did_you_mean(name, known) if self.teachers else given
             raise RecipeError(f"{place}: no network called {name!r} was given", hint=hint)
         return known[name]
