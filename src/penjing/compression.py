@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from penjing.recipe import Context, Plan, Recipe, Step
 from penjing.recipe.judging import scores_of
 from penjing.recipe.resuming import Steps
 from penjing.task import Task, get_task
-from penjing.training import randomness, require_trackers
+from penjing.training import left_alone, randomness, require_trackers
 
 #: Samples that the metric before and after each step is taken on; the final figures of a report come from all of them.
 STEP_SAMPLES = 1000
@@ -86,6 +87,9 @@ def compress(
     if trackers and resume is None:
         raise InputError("trackers need a folder to write to, and resume names none", hint="for example resume='run'")
     require_trackers(trackers)
+    if alone := left_alone():
+        progress.note(alone)
+        warnings.warn(alone, stacklevel=2)  # a script's progress is silent; the command line shows the note alone
     context = Context(
         original=network,
         data=samples,

@@ -85,6 +85,20 @@ def launch(folder: Path, recipe: str, *, norm: bool, run: Path | None = None, ki
     return [torch.load(f"{out}.{rank}") for rank in (0, 1)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--cpu", "--num_processes", "2"), ("--cpu", "--num_processes", "1")])
+def test_a_launcher_that_starts_one_of_two_is_told_of(tmp_path: Path, options: tuple[str, ...]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_processes as here\n"
+        "here.pj.compress(here.network(False), here.pj.Recipe(here.pj.PruneWeights(sparsity=0.5)))\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("asked for several processes and started one" in done.stderr) == ("2" in options), done.stderr
+
+
 def assert_same(found: Any, expected: Any) -> None:
     assert found[1] == expected[1]
     assert found[0].keys() == expected[0].keys()
