@@ -72,6 +72,7 @@ def test_dictionaries_tuples_and_bytes() -> None:
     [
         (lambda: Data(3), "must be a Dataset"),
         (lambda: Data([]), "empty"),
+        (lambda: Data((X, Y[:-1])), "arrays of 10 and 9 samples do not go together"),
         (lambda: Data(TensorDataset(X[:0])), "empty"),
         (lambda: next(Data(iter([])).batches(2)), "empty"),
         (lambda: next(Data([(X, Y, Y)]).batches(2)), r"must be \(inputs, labels\)"),
@@ -82,6 +83,11 @@ def test_dictionaries_tuples_and_bytes() -> None:
 def test_wrong_sources(make: object, words: str) -> None:
     with pytest.raises(DataError, match=words):
         make()
+
+
+def test_too_few_to_hold_out() -> None:
+    with pytest.raises(DataError, match=r"10 samples are too few to hold 0\.01% of them out"):
+        list(Data((X, Y)).split([1e-4]))
 
 
 def test_a_generator_can_be_walked_again() -> None:

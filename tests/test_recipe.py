@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import typing
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -138,6 +141,17 @@ def test_every_refused_field_says_what_to_do(name: str) -> None:
             except PenjingError as error:
                 assert error.hint, error.message
     assert refused
+
+
+@pytest.mark.parametrize("name", [n for n in STEPS.names() if STEPS.get(n).__module__.startswith("penjing.")])
+def test_numbers_are_finite(name: str) -> None:
+    kind = STEPS.get(name)
+    for field, wanted in typing.get_type_hints(kind).items():
+        if not {int, float} & {wanted, *typing.get_args(wanted)} or typing.get_origin(wanted) in (list, ClassVar):
+            continue
+        for value in (math.inf, math.nan, 10**400, True):
+            with pytest.raises(RecipeError, match=f"{name}.{field} must be "):
+                kind(**{**_INNER.get(name, {}), field: value})
 
 
 def test_hints_give_numbers_that_work() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from penjing.recipe import Context, Plan, Recipe, Step
 from penjing.recipe.judging import scores_of
 from penjing.recipe.resuming import Steps
 from penjing.task import Task, get_task
-from penjing.training import randomness, require_trackers
+from penjing.training import left_alone, randomness, require_trackers
 
 #: Samples that the metric before and after each step is taken on; the final figures of a report come from all of them.
 STEP_SAMPLES = 1000
@@ -81,11 +82,21 @@ def compress(
     known = get_task(task)
     samples = None if data is None else Data(data)
     held_out = None if test is None else Data(test)
+    if resume is not None and not str(resume):
+        raise InputError("resume must name a folder, got ''", hint="for example resume='run'")
     if trackers and resume is None:
         raise InputError("trackers need a folder to write to, and resume names none", hint="for example resume='run'")
     require_trackers(trackers)
+    if alone := left_alone():
+        progress.note(alone)
+        warnings.warn(alone, stacklevel=2)  # a script's progress is silent; the command line shows the note alone
     context = Context(
-        original=network, data=samples, task=known, seed=seed, progress=progress, teachers=_named(teachers or {})
+        original=network,
+        data=samples,
+        task=known,
+        seed=seed,
+        progress=progress,
+        teachers=_named({} if teachers is None else teachers),
     )
     for number, step in enumerate(recipe, 1):
         with _naming(number, step):
@@ -126,6 +137,11 @@ def compress(
 
 def _named(teachers: Mapping[str, Network | Sequence[Network]]) -> dict[str, tuple[Network, ...]]:
     """Every name's networks; "original" and "self" are taken."""
+    if not isinstance(teachers, Mapping):
+        raise InputError(
+            f"teachers must be networks by their names, got {type(teachers).__name__}",
+            hint="teachers={'big': network}",
+        )
     named: dict[str, tuple[Network, ...]] = {}
     for name, given in teachers.items():
         held = (given,) if isinstance(given, Network) else tuple(given) if isinstance(given, Sequence) else (given,)

@@ -3,11 +3,14 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
+
+from penjing.training import loop
 
 SHAPE = ("--input-shape", "1x1x8x8")
 DATA = ("--data", "net.py:samples")
@@ -117,6 +120,31 @@ def test_a_run_is_kept_and_goes_on(penjing, desk, quantize):
     assert other.code == 2 and "run holds another run, with other seed" in other.err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_says_where_it_goes_on(penjing, desk, monkeypatch, number):
+    """At the fourth step of a training: its checkpoint stays, and nobody says that nothing was written."""
+    (desk / "tune.yaml").write_text("steps: [{Finetune: {epochs: 3, batch_size: 8}}]")
+    arguments = ("compress", "net.py:build", *DATA, "--task", "classification", "--recipe", "tune.yaml", "--out", "o")
+    learn = loop._Run.learn
+
+    def struck(run, group):
+        if run.step == 3:
+            os.kill(os.getpid(), number)
+        learn(run, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "learn", struck)
+        kept = penjing(*arguments, "--resume", "run")
+        assert kept.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+        last = kept.err.splitlines()[-1]
+        assert last.endswith("no bundle was written; the same command goes on from what run holds"), kept.err
+        assert list((desk / "run" / "step-01").iterdir()) and not (desk / "o").exists()
+        alone = penjing(*arguments)
+        assert alone.err.splitlines()[-1].endswith("nothing was written") and not (desk / "o").exists()
+    again = penjing(*arguments, "--resume", "run")
+    assert again.code == 0 and "going on after step 4" in again.err
+
+
 def test_a_network_without_baseline(penjing):
     done = penjing("evaluate", "net.py:build", *DATA, "--task", "classification")
     assert done.code == 0 and done.out == ""
@@ -188,6 +216,8 @@ def test_bad_recipes(penjing, desk, recipe, error, hint):
         (("unpack", "nothing.penjing", "net.pt"), "must end in .safetensors", ""),
         (("demo", "--out", "thesis"), "holds other files", "--out"),
         ((*COMPRESS, "--track", "tensorboard"), "", ""),
+        ((*COMPRESS, "--resume", ""), "resume must name a folder", "resume='run'"),
+        ((*COMPRESS, "--recipe", "fuse.yaml"), "no network called 'big' was given", "--teacher big=MODEL"),
         ((*COMPRESS, "--resume", "run", "--track", "tensorbord"), "'tensorbord'", "did you mean 'tensorboard'?"),
     ],
 )
@@ -196,6 +226,7 @@ def test_bad_arguments(penjing, desk, quantize, args, error, hint):
     (desk / "thesis" / "chapter1.tex").write_text("years of work")
     with (desk / "net.py").open("a") as file:
         file.write("\n\ndef wrong_labels():\n    return TensorDataset(torch.rand(8, 1, 8, 8), torch.full((8,), 9))\n")
+    (desk / "fuse.yaml").write_text("steps: [{FuseWeights: {source: big}}]")
     before = files(desk)
     if args[0] == "compress" and "--recipe" not in args:
         args = (*args, "--recipe", quantize)

@@ -131,6 +131,21 @@ def test_interpolation_is_never_worse_on_what_it_was_chosen_on(teacher: Network)
         assert torch.allclose(made.tensors()[name], wanted, atol=1e-6)
 
 
+def test_what_is_not_mixed_is_not_touched(teacher: Network) -> None:
+    """With few samples statistics taken anew are worse: the network as it came, and a whole source, keep theirs."""
+    few = Context(original=teacher, data=Data((X[:30], Y[:30])), task=TASK, teachers={"same": (teacher,)})
+    for how in ("interpolate", "greedy"):
+        assert FuseWeights(source="same", how=how).plan(teacher, few).edits == ()
+    assert FuseWeights(how="interpolate", weight=0.0).plan(network(8, 3, seed=5), few).edits == ()
+    bad = teacher.apply(SetWeights(parameter=n, value=-teacher.tensors()[n].detach()) for n in teacher.parameter_names)
+    for plan in (
+        FuseWeights(how="interpolate", weight=1.0).plan(bad, few),
+        FuseWeights(how="greedy").plan(bad, few),
+    ):
+        made = bad.apply(plan.edits).tensors()
+        assert all(torch.equal(t, made[n]) for n, t in teacher.tensors().items())
+
+
 def test_soups(teacher: Network) -> None:
     others = {f"run{seed}": trained(teacher, seed=seed, epochs=1) for seed in (1, 2)}
     bad = teacher.apply(SetWeights(parameter=n, value=-teacher.tensors()[n].detach()) for n in teacher.parameter_names)

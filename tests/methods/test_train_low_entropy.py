@@ -15,11 +15,12 @@ import penjing as pj
 from penjing import package
 from penjing.data import Data
 from penjing.errors import DataError, RecipeError
-from penjing.methods import Finetune, PruneWeights, Quantize, TrainLowEntropy, TrainQuantized
+from penjing.methods import Finetune, PruneWeights, Quantize, TrainLowEntropy, TrainQuantized, train_low_entropy
 from penjing.network import Network, RemoveChannels, capture
 from penjing.recipe import Context, Plan, Step
 from penjing.runtimes import RUNTIMES
 from penjing.task import get_task
+from penjing.training import checkpoint
 
 X = torch.tensor(load_digits().images / 16, dtype=torch.float32)[:, None]
 Y = torch.tensor(load_digits().target)
@@ -98,6 +99,37 @@ def test_the_same_seed_gives_the_same_network(network: Network) -> None:
     first, again, other = (planned(network, step, seed)[1].tensors() for seed in (3, 3, 4))
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert any(first[n].shape != other[n].shape or not torch.equal(first[n], other[n]) for n in first)
+
+
+@pytest.mark.parametrize("at", [50, 97, "the end"])
+def test_one_that_was_killed_says_what_one_that_was_not_says(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int | str
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "_MOST", 0)
+    recipe = pj.Recipe(TrainLowEntropy(finetune=finetune(epochs=3.5), rate=0.01))
+
+    def run(folder: Path | None) -> pj.Result:
+        return pj.compress(network, recipe, data=(X[:1024], Y[:1024]), task="classification", resume=folder)
+
+    calls, penalty = [], train_low_entropy._Watch.penalty
+
+    def cut(*given: Any) -> Any:
+        calls.append(given)
+        if at in (len(calls), "the end"):
+            raise KeyboardInterrupt
+        return penalty(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if at == "the end":
+            patch.setattr(train_low_entropy, "unread_units", cut)
+        else:
+            patch.setattr(train_low_entropy._Watch, "penalty", cut)
+        run(tmp_path)
+    whole, again = run(None), run(tmp_path)
+    assert again.plans[0].notes == whole.plans[0].notes
+    assert sum(n.startswith("epoch") for n in again.plans[0].notes) == 4
+    assert all(torch.equal(t, again.network.tensors()[n]) for n, t in whole.network.tensors().items())
 
 
 def test_units_that_nothing_reads_are_gone(network: Network, made: Any) -> None:

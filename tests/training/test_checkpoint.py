@@ -370,3 +370,30 @@ def test_steps_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: pyt
             words = "settings and task"
         with pytest.raises(RecipeError, match=f"resume: .*run holds another run, with other {words}"):
             run(**changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["run.json", "step-01.json", "step-01.safetensors"])
+@pytest.mark.parametrize("harm", ["empty", "half", "gone"])
+def test_a_folder_that_was_damaged_is_said(name: str, harm: str, tmp_path: Path) -> None:
+    if harm == "gone" and name != "step-01.json":  # a folder that was never begun, a Step that was never done
+        return
+    start, recipe, run = network(), pj.Recipe(pj.PruneWeights(sparsity=0.5)), tmp_path / "run"
+    pj.compress(start, recipe, resume=run)
+    file = run / name
+    held = file.read_bytes()
+    file.write_bytes(b"" if harm == "empty" else held[: len(held) // 2])
+    if name == "step-01.json" and harm == "half":
+        file.write_text("[1")
+    if harm == "gone":
+        file.unlink()
+    with pytest.raises(RecipeError, match=name) as caught:
+        pj.compress(start, recipe, resume=run)
+    assert caught.value.hint == f"delete the folder {run} to begin anew"
+
+
+def test_what_is_no_folder_and_no_teacher() -> None:
+    start, recipe = network(), pj.Recipe(pj.PruneWeights(sparsity=0.5))
+    with pytest.raises(pj.PenjingError, match="resume must name a folder"):
+        pj.compress(start, recipe, resume="")
+    with pytest.raises(pj.PenjingError, match="teachers must be networks by their names, got list"):
+        pj.compress(start, recipe, teachers=[start])  # type: ignore[arg-type]

@@ -60,18 +60,22 @@ if {kill}:
             os._exit(9)
         learn(run, group)
     loop._Run.learn = dying
-result = here.pj.compress(here.network({norm}), {recipe}, data=(here.X, here.Y), task="classification", resume={run!r})
+result = here.pj.compress(here.network({norm}), {recipe}, data=(here.X[:{count}], here.Y[:{count}]), task="classification", resume={run!r})
 state = {{name: tensor.detach() for name, tensor in result.network.tensors().items()}}
 notes = [plan.notes for plan in result.plans]
 torch.save((state, notes), {out!r} + f".{{rank}}")
 """
 
 
-def launch(folder: Path, recipe: str, *, norm: bool, run: Path | None = None, kill: int = 0) -> list[Any]:
+def launch(
+    folder: Path, recipe: str, *, norm: bool, run: Path | None = None, kill: int = 0, count: int = 96
+) -> list[Any]:
     script, out = folder / "script.py", folder / "out"
     where = None if run is None else str(run)
     script.write_text(
-        LAUNCHED.format(tests=str(Path(__file__).parent), norm=norm, recipe=recipe, run=where, out=str(out), kill=kill)
+        LAUNCHED.format(
+            tests=str(Path(__file__).parent), norm=norm, recipe=recipe, run=where, out=str(out), kill=kill, count=count
+        )
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -83,6 +87,20 @@ def launch(folder: Path, recipe: str, *, norm: bool, run: Path | None = None, ki
         return []
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(f"{out}.{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--cpu", "--num_processes", "2"), ("--cpu", "--num_processes", "1")])
+def test_a_launcher_that_starts_one_of_two_is_told_of(tmp_path: Path, options: tuple[str, ...]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_processes as here\n"
+        "here.pj.compress(here.network(False), here.pj.Recipe(here.pj.PruneWeights(sparsity=0.5)))\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("asked for several processes and started one" in done.stderr) == ("2" in options), done.stderr
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -117,11 +135,13 @@ def test_both_learn_the_same_from_teachers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_take_the_steps_that_one_takes_with_twice_as_many_samples(tmp_path: Path) -> None:
-    first, second = launch(tmp_path, "here.pj.Recipe(here.PLAIN)", norm=False)
+@pytest.mark.parametrize(("count", "steps"), [(96, 24), (84, 24), (7, 4)])
+def test_two_take_the_steps_that_one_takes_with_twice_as_many_samples(tmp_path: Path, count: int, steps: int) -> None:
+    """Also where a pass ends with an odd batch, of fewer samples, or has but one."""
+    first, second = launch(tmp_path, "here.pj.Recipe(here.PLAIN)", norm=False, count=count)
     assert_same(first, second)
     alone = pj.Recipe(pj.Finetune(epochs=4, batch_size=8, accumulate=2))
-    expected = pj.compress(network(False), alone, data=(X, Y), task="classification")
-    assert first[1][0][0].partition(";")[0] == "24 steps" == expected.plans[0].notes[0].partition(";")[0]
+    expected = pj.compress(network(False), alone, data=(X[:count], Y[:count]), task="classification")
+    assert first[1][0][0].partition(";")[0] == f"{steps} steps" == expected.plans[0].notes[0].partition(";")[0]
     for name, tensor in expected.network.tensors().items():
         torch.testing.assert_close(first[0][name], tensor.detach(), rtol=1e-4, atol=1e-5)

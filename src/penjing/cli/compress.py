@@ -94,6 +94,9 @@ def compress(
     curves = None
     if sensitivity:
         curves = curves_for(steps, network, samples, goal, cache=cache, seed=seed, screen=screen)
+    kept = [resume, *(getattr(step, field) for step in steps for field in step.keeping)]
+    if folders := " and ".join(dict.fromkeys(k for k in kept if k)):
+        screen.kept = f"no bundle was written; the same command goes on from what {folders} holds"
     first = is_main_process()
     result = pj.compress(
         network,

@@ -40,6 +40,9 @@ class Data:
         if isinstance(source, Data):
             source = source._source
         if isinstance(source, tuple) and source and all(isinstance(s, Tensor | np.ndarray) for s in source):
+            if len({s.shape[:1] for s in source}) > 1:
+                counts = " and ".join(str(*s.shape[:1]) for s in source)
+                raise DataError(f"arrays of {counts} samples do not go together", hint="x and y are equally long")
             source = TensorDataset(*(torch.as_tensor(s) for s in source))
         elif isinstance(source, Tensor | np.ndarray):
             source = TensorDataset(torch.as_tensor(source))
@@ -121,7 +124,7 @@ class Data:
         for start, end in itertools.pairwise(edges):
             if not 0 < end - start < count:
                 raise DataError(
-                    f"{count} samples are too few to hold {shares[0]:.0%} of them out", hint="give more samples"
+                    f"{count} samples are too few to hold {100 * shares[0]:.4g}% of them out", hint="give more samples"
                 )
             chosen = torch.zeros(count, dtype=torch.bool)
             chosen[order[start:end]] = True

@@ -42,7 +42,8 @@ class FuseWeights(Step):
     make the mean worse (Wortsman et al. 2022, "Model soups"). What is best is measured on the share `held_out` of the
     samples, by the task's metric or, without labels, by the distance of the outputs from the original network's; it
     means what it says only if these samples were not trained on. Statistics of batch norms are taken anew from the
-    other samples, if there are any, unless all of a network of the same size is taken over.
+    other samples, if there are any, where weights are mixed or cut; this network as it is, and a source of the same
+    size that is taken over whole, keep their own.
     """
 
     source: str | list[str] = "original"
@@ -127,14 +128,9 @@ class _Fusion:
 
     def plan(self) -> Plan:
         edits, reasons, notes = getattr(self, f"_{self.settings.how}")()
-        found, parts = self.fitted[0], [len(n.parameter_names) for n in (self.network, self.sources[0])]
-        if self.settings.how != "slices" or found.kept or found.left or parts[0] != parts[1]:
-            edits = self._with_statistics(edits)
-        before = self.network.tensors()
-        changed = [e for e in edits if not torch.equal(e.value, before[e.parameter])]
         return Plan(
             step=self.settings,
-            edits=tuple(changed),
+            edits=tuple(self._with_statistics(edits)),
             reasons=(*reasons, *(r for found in self.fitted for r in _said(found))),
             notes=tuple(notes),
         )
@@ -186,7 +182,10 @@ class _Fusion:
         return mixed(self.network, others, [1 / len(chosen)] * len(others), self.names)
 
     def _with_statistics(self, edits: list[SetWeights]) -> list[SetWeights]:
-        if self.data is None:
+        """What of `edits` changes something, with statistics of norms that fit it."""
+        before = self.network.tensors()
+        edits = [e for e in edits if not torch.equal(e.value, before[e.parameter])]
+        if self.data is None or not edits or self._is_one_of_them(edits):
             return edits
         network, data = self.network.apply(edits), self.data
         batch = _BATCH if network.batch_is_dynamic else network.inputs[0].shape[0]
@@ -194,6 +193,17 @@ class _Fusion:
         whole = (x for x, _ in drawn if len(pytree.tree_leaves(x)[0]) == batch or network.batch_is_dynamic)
         new = restated(network, islice(whole, _BATCHES), self.names)
         return [*(e for e in edits if e.parameter not in {n.parameter for n in new}), *new]
+
+    def _is_one_of_them(self, edits: list[SetWeights]) -> bool:
+        """Whether `edits` make the network all of a source of its size, whose statistics are then its own."""
+        now = {**self.network.tensors(), **{e.parameter: e.value for e in edits}}
+        count = len(self.network.parameter_names)
+        return any(
+            not (found.kept or found.left)
+            and len(source.parameter_names) == count
+            and all(torch.equal(now[n], value) for n, value in found.tensors.items())
+            for source, found in zip(self.sources, self.fitted, strict=True)
+        )
 
     def _judge(self) -> tuple[Callable[[list[SetWeights]], float], str]:
         """What measures a mix on held-out samples, the higher the better, and what it measures in words."""

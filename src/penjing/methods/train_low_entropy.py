@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,7 @@ class TrainLowEntropy(Step):
         inner = replace(
             context,
             after_step=watch.after_step,
+            watcher=watch,
             penalty=watch.penalty,
             rates=_step_rates(made),
             trainings=context.trainings.inside(self) if context.trainings else None,
@@ -156,6 +157,8 @@ class _Watch:
         """Goes on counting; tells bytes and metric where an epoch ends."""
         if self._context.after_step is not None:
             self._context.after_step(module, done, lr)
+        if done <= self._done:  # a training that goes on repeats its last call
+            return
         self._done = done
         epochs = cast(float, self._settings.finetune.epochs)  # type: ignore[attr-defined]
         epoch = int(done * epochs + 1e-9)
@@ -170,6 +173,14 @@ class _Watch:
             self.notes.append(
                 f"epoch {min(epochs, epoch + (done >= 1)):g}: {_bytes(weights):,.0f} bytes of weights{metric}"
             )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: how far it is, and what was said until then."""
+        return {"done": self._done, "epoch": self._epoch, "notes": self.notes}
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self._done, self._epoch, self.notes = state["done"], state["epoch"], list(state["notes"])
 
     def _metric(self, values: Mapping[str, Tensor]) -> str:
         data, task = self._context.data, self._context.task

@@ -14,7 +14,7 @@ from penjing.network import Network
 from penjing.progress import SILENT, Progress
 from penjing.registry import did_you_mean
 from penjing.task import Task
-from penjing.training import AfterStep, Checkpoint, Tracking
+from penjing.training import AfterStep, Checkpoint, Tracking, Watcher
 
 if TYPE_CHECKING:
     from penjing.recipe.resuming import Trainings
@@ -26,7 +26,8 @@ class Context:
     """What a planner may look at besides the network: the original network, samples, the task, the seed; other
     networks by the names that Steps know them by; what a Step that trains is to do besides: `after_step` after each
     training step, `penalty` of the module in training added to each loss, `rates` factors of the learning rates of
-    single parameters; and where its checkpoints and curves are kept, if anywhere.
+    single parameters; the `watcher` whose memory checkpoints keep; and where checkpoints and curves are kept, if
+    anywhere.
     """
 
     original: Network
@@ -35,6 +36,7 @@ class Context:
     seed: int = 0
     progress: Progress = SILENT
     after_step: AfterStep | None = None
+    watcher: Watcher | None = None
     trainings: Trainings | None = None
     penalty: Callable[[nn.Module], Tensor] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class Context:
         with `place` if there are none."""
         known = {"original": (self.original,), **self.teachers}
         if name not in known:
-            hint = did_you_mean(name, known) if self.teachers else f"compress(..., teachers={{{name!r}: network}})"
+            given = f"give it: teachers={{{name!r}: network}}, on the command line --teacher {name}=MODEL"
+            hint = did_you_mean(name, known) if self.teachers else given
             raise RecipeError(f"{place}: no network called {name!r} was given", hint=hint)
         return known[name]

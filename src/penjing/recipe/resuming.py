@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from penjing.data import Data
-from penjing.errors import RecipeError
+from penjing.errors import InputError, RecipeError
 from penjing.files import appearing
 from penjing.network import Network
 from penjing.recipe.context import Context
@@ -68,12 +68,12 @@ class Rounds:
     def finished(self) -> Plan | None:
         """The Plan in the end, if it came to that."""
         file = self.folder / "plan.safetensors"
-        return Plan.load(file) if file.exists() else None
+        return _loaded(file) if file.exists() else None
 
     def latest(self) -> tuple[int, Plan] | None:
         """The last round that was kept, and the Plan after it."""
         kept = self._kept()
-        return (max(kept), Plan.load(kept[max(kept)])) if kept else None
+        return (max(kept), _loaded(kept[max(kept)])) if kept else None
 
     def trainings(self, outer: Trainings | None) -> Trainings:
         """Where a round keeps what its trainings have reached; curves go where they went."""
@@ -119,7 +119,11 @@ class Steps:
         file, seconds = self._files(number)
         if not file.exists():
             return None
-        return Plan.load(file), float(json.loads(seconds.read_text(encoding="utf8")))
+        plan = _loaded(file)
+        try:
+            return plan, float(json.loads(seconds.read_text(encoding="utf8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise _unreadable(seconds, error) from error
 
     def trainings(self, number: int) -> Trainings:
         """Where Step `number` keeps what its trainings have reached."""
@@ -165,7 +169,7 @@ class Trainings:
         tracking = Tracking(self.trackers, self.logs, f"{self.name}-{digest[:8]}") if self.trackers else None
         if (context.after_step or context.penalty) and not self.within:
             return None, tracking
-        return Checkpoint(self.folder / f"training-{digest}.safetensors"), tracking
+        return Checkpoint(self.folder / f"training-{digest}.safetensors", context.watcher), tracking
 
     def forget(self) -> None:
         """Deletes the checkpoints."""
@@ -173,6 +177,18 @@ class Trainings:
             file.unlink(missing_ok=True)
         with suppress(OSError):  # somebody else's file is in there
             self.folder.rmdir()
+
+
+def _loaded(file: Path) -> Plan:
+    try:
+        return Plan.load(file)
+    except InputError as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> RecipeError:
+    said = error.message if isinstance(error, InputError) else f"{file} cannot be read ({error})"
+    return RecipeError(f"resume: {said}", hint=f"delete the folder {file.parent} to begin anew")
 
 
 def _mine_to_write() -> bool:
@@ -208,9 +224,7 @@ def _claim(folder: Path, field: str, settings: Any, network: Network, context: C
         known = json.loads(file.read_text(encoding="utf8"))
         others = [word for key, word in _NAMES.items() if known[key] != json.loads(text)[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"{field}: {file} cannot be read ({error})", hint="delete the folder to begin anew"
-        ) from error
+        raise _unreadable(file, error) from error
     if others:
         raise RecipeError(
             f"{field}: {folder} holds another run, with other {' and '.join(others)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import sys
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -103,11 +104,12 @@ class Step(ABC):
     def require_between(
         self, field: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
     ) -> None:
-        """Raises `PruneChannels.ratio must be between 0 and 1, got 1.5` unless the field is None or inside."""
+        """Raises `PruneChannels.ratio must be between 0 and 1, got 1.5` unless the field is None or inside; no limit at
+        all still means a finite number."""
         value = getattr(self, field)
         if value is None:
             return
-        good = isinstance(value, int | float) and not isinstance(value, bool)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         wanted = _field_types(type(self))[field]
         if good and isinstance(value, float) and float not in (typing.get_args(wanted) or (wanted,)):
             raise RecipeError(
@@ -128,7 +130,7 @@ class Step(ABC):
             if good and open_high and value == high:
                 limits = f"below {high:g}"
             if not good:
-                limits = f"a number {limits}"
+                limits = f"a {'finite ' if isinstance(value, int | float) else ''}number {limits}"
             raise RecipeError(
                 f"{self.name}.{field} must be {limits}, got {value!r}",
                 hint=_percent(value, low, high) or _remedy(type(self), field, low, high),
@@ -160,7 +162,7 @@ class Step(ABC):
         if value is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)):
             raise RecipeError(
                 f"{self.name}.{field} must be a name or a list of names, got {value!r}",
-                hint="names are 'original' and those of compress(..., teachers={name: network})",
+                hint="names are 'original' and those of teachers={name: network}, --teacher NAME=MODEL",
             )
 
     def require_step(self, field: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,25 @@ class Snapshot:
     tensors: dict[str, Tensor] = field(repr=False)
 
 
+class Watcher(Protocol):
+    """Who is called after each step of a training and remembers more than the last call."""
+
+    def state(self) -> dict[str, Any]:
+        """What it remembers: plain data for JSON."""
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Remembers that again; the last call is then repeated."""
+
+
 class Checkpoint:
     """The file of one training. Whoever names the file sees to it that another training has another name.
 
-    A file appears whole or not at all, so that a kill while it is written leaves the one before.
+    A file appears whole or not at all, so that a kill while it is written leaves the one before. What `watcher`
+    remembers is kept in it, too.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, watcher: Watcher | None = None) -> None:
+        self.file, self._watcher = file, watcher
         self._last = time.monotonic()
         self._took = 0.0
 
@@ -48,11 +59,14 @@ class Checkpoint:
             return None
         try:
             text, arrays = storage.read(self.file, key="penjing.training")
-            return Snapshot(json.loads(text), {n: torch.from_numpy(a) for n, a in arrays.items()})
+            found = Snapshot(json.loads(text), {n: torch.from_numpy(a) for n, a in arrays.items()})
         except (InputError, ValueError) as error:
             raise RecipeError(
                 f"the checkpoint {self.file} cannot be read ({error})", hint="delete it to train anew"
             ) from error
+        if self._watcher is not None:
+            self._watcher.put_back(found.numbers["watcher"])
+        return found
 
     def due(self) -> bool:
         """Whether it is time for another one."""
@@ -62,7 +76,8 @@ class Checkpoint:
         """Writes the file anew."""
         started = time.monotonic()
         arrays = {n: t.detach().cpu().numpy() for n, t in snapshot.tensors.items()}
-        storage.write(self.file, json.dumps(snapshot.numbers), arrays, key="penjing.training")
+        own = {} if self._watcher is None else {"watcher": self._watcher.state()}
+        storage.write(self.file, json.dumps({**snapshot.numbers, **own}), arrays, key="penjing.training")
         self._last = time.monotonic()
         self._took = self._last - started
 

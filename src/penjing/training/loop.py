@@ -38,7 +38,7 @@ from penjing.training.trackers import Log, Tracking
 
 Batch = tuple[Any, ...]  #: (inputs, labels, …): what `loss` takes apart; the first tensor in it counts the samples
 #: (the module, the share of the steps that is done, the learning rate) → nothing: changes the module in place. It may
-#: remember its last call and nothing else: a training that goes on after a kill repeats that call first.
+#: remember its last call, which a training that goes on after a kill repeats first; a Watcher remembers more.
 AfterStep = Callable[[nn.Module, float, float], None]
 
 #: With several processes, so many steps lie between two looks at whether a checkpoint is due: a look costs a message.
@@ -149,7 +149,7 @@ class _Run:
         # A network may have outputs that no loss looks at, and then parameters without a gradient.
         self.accelerator = accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.team = Team(self.accelerator, alone)
-        turns = max(1, steps_per_epoch // self.team.size)
+        turns = math.ceil(steps_per_epoch / self.team.size)
         self.total = max(1, math.ceil(training.epochs * math.ceil(turns / training.accumulate)))
         module.train()
         self.prepared = self.accelerator.prepare_model(module, evaluation_mode=self.team.size == 1)
@@ -160,7 +160,8 @@ class _Run:
         self.masks = {n: m.to(device) for n, m in masks.items()}
         self.mean = Average(module, training.average) if training.average else None
         self.step = self.epoch = self.taken = 0  # taken: the steps of this pass
-        self.losses: list[float] = []
+        self.losses: list[float] = []  # as much of the mean over all samples as this process has
+        self.loss_now = math.nan  # the mean over its own samples
         self.metrics: list[float] = []
         self.best: int | None = None  # the pass whose weights are kept in best_tensors
         self.best_tensors: dict[str, Tensor] = {}
@@ -190,31 +191,30 @@ class _Run:
         while self.step < self.total and (group := next(groups, None)):
             self.learn(group)
             if log is not None and self._to_be_logged():
-                log({"loss": self.losses[-1], "lr": self.optimizer.param_groups[0]["lr"]}, self.step)
-            yield f"loss {self.losses[-1]:.4g}" + self._metric_words()
+                log({"loss": self.loss_now, "lr": self.optimizer.param_groups[0]["lr"]}, self.step)
+            yield f"loss {self.loss_now:.4g}" + self._metric_words()
         if not self.taken:
-            raise DataError("the data gave no batch to train on")
+            raise DataError("the data gave no batch to train on", hint="give at least one whole batch of samples")
         if self.monitor is not None:
             self._measure(self.monitor)
             if log is not None:
                 log({self.monitor.metric: self.metrics[-1]}, self.step)
         self.epoch, self.taken = self.epoch + 1, 0
 
-    def learn(self, group: Sequence[Batch]) -> None:
-        """One step, by the gradient of the mean loss over all samples of `group`."""
+    def learn(self, group: Sequence[tuple[Batch, float]]) -> None:
+        """One step, by the gradient of the mean loss over all samples of every process's `group`."""
         training, optimizer = self.training, self.optimizer
         share = rate(training.schedule, self.step, self.total, training.warmup)
         for own in optimizer.param_groups:
             own["lr"] = training.lr * share * own["rate"]
-        sizes = [_size(batch) for batch in group] if len(group) > 1 else [1]
         optimizer.zero_grad()
         current = 0.0
-        for number, batch in enumerate(group):
+        for number, (batch, weight) in enumerate(group):
             with self._without_exchange(number < len(group) - 1):
                 value = self.loss(self.prepared, _to(batch, self.accelerator.device))
                 if self.penalty is not None:
                     value = value + self.penalty(self.module)
-                value = value * (sizes[number] / sum(sizes))
+                value = value * weight
                 current += float(value.detach())
                 if not math.isfinite(current):
                     raise Diverged(
@@ -223,6 +223,7 @@ class _Run:
                     )
                 self.accelerator.backward(value)
         self.losses.append(current)
+        self.loss_now = current / (sum(weight for _, weight in group) or 1)
         if training.clip is not None:
             self.accelerator.clip_grad_norm_(self.prepared.parameters(), training.clip)
         optimizer.step()
@@ -358,12 +359,22 @@ def _parameter_groups(module: nn.Module, training: Training, rates: Mapping[str,
     ]
 
 
-def _groups(batches: Iterator[Batch], team: Team, count: int) -> Iterator[list[Batch]]:
-    """This process's share of a pass, `count` batches at a time, as many as there are at the end."""
-    # Full rounds only: processes that step together must never wait for one that ran out of batches.
-    mine = (turn[team.index] for turn in zip(*[batches] * team.size, strict=False))
-    while group := list(itertools.islice(mine, count)):
-        yield group
+def _groups(batches: Iterator[Batch], team: Team, count: int) -> Iterator[list[tuple[Batch, float]]]:
+    """This process's share of a pass, `count` batches at a time, as many as there are at the end; with each its weight:
+    the mean of all processes' weighted losses is the mean over all samples."""
+    rounds = iter(lambda: list(itertools.islice(batches, team.size)), [])
+    while turns := list(itertools.islice(rounds, count)):
+        if team.size == len(turns) == 1:
+            yield [(turns[0][0], 1.0)]
+            continue
+        samples = sum(_size(batch) for turn in turns for batch in turn)
+        # All step together: for whom no batch is left, the first one's counts nothing.
+        yield [
+            (turn[team.index], _size(turn[team.index]) * team.size / samples)
+            if team.index < len(turn)
+            else (turn[0], 0.0)
+            for turn in turns
+        ]
 
 
 def _size(batch: Batch) -> int:

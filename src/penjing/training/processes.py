@@ -26,6 +26,18 @@ def count_processes() -> int:
     return int(PartialState(cpu=_on_cpu()).num_processes)
 
 
+def left_alone() -> str | None:
+    """A sentence to warn with where `accelerate launch` was told of several processes and started only this one."""
+    # Its launcher for CPUs leaves them to mpirun; where to meet is all that it tells (accelerate/utils/launch.py).
+    told = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    if not told or count_processes() > 1:
+        return None
+    return (
+        "accelerate launch was asked for several processes and started one: on CPUs use torchrun --nproc_per_node, "
+        "on GPUs add --multi_gpu"
+    )
+
+
 def wait_for_all() -> None:
     """Returns when all processes have come here."""
     PartialState(cpu=_on_cpu()).wait_for_everyone()
