@@ -315,3 +315,18 @@ def test_what_cannot_be_done_is_said(network: pj.Network, images: Tensor) -> Non
     for each in (pj.Factorize(), pj.MergeFactors()):
         with pytest.raises(RecipeError, match="already quantized"):
             each.plan(quantized, Context(original=quantized))
+
+
+@pytest.mark.parametrize("inner", [pj.Factorize(ratio=0.8), pj.CodeWeights(rate=0.5)])
+def test_what_takes_once_is_refused_in_rounds(inner: pj.Step) -> None:
+    for schedule in ("cubic", "linear", "geometric"):
+        with pytest.raises(RecipeError, match=f"{inner.name} cannot take away in rounds") as caught:
+            pj.Gradually(step=inner, rounds=2, schedule=schedule)
+        assert "schedule='one-shot'" in (caught.value.hint or "")
+    with pytest.raises(RecipeError, match="cannot take away in rounds"):
+        pj.Gradually(step=pj.Gradually(step=inner, rounds=1), rounds=3)
+    model = pj.capture(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)), inputs=(torch.randn(2, 16),))
+    alone = pj.compress(model, pj.Recipe(inner)).network.tensors()
+    for settings in (pj.Gradually(step=inner, rounds=1), pj.Gradually(step=inner, rounds=3, schedule="one-shot")):
+        made = pj.compress(model, pj.Recipe(settings)).network.tensors()
+        assert all(torch.equal(tensor, made[name]) for name, tensor in alone.items())

@@ -56,6 +56,7 @@ class Factorize(Step):
     """
 
     amounts: ClassVar[Mapping[str, str]] = {"ratio": "goes"}
+    once: ClassVar[str] = "a factor is not factorized once more"
 
     ratio: float | None = None
     energy: float | None = None
