@@ -93,7 +93,7 @@ class Step(ABC):
         if before and self.once:
             raise RecipeError(
                 f"{self.name} cannot take away in rounds: {self.once}",
-                hint=f"schedule='one-shot' takes all in the first round; SearchAmount finds how much {self.name} may take",
+                hint="schedule='one-shot' takes all in the first round; SearchAmount finds how much may go",
             )
         changed: dict[str, Any] = {}
         for field, most in self._going().items():
