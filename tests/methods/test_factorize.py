@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 import penjing as pj
 from penjing.analysis.factorization import decompose, find_factorable, replacement
 from penjing.analysis.footprint import footprint
-from penjing.analysis.passes import outputs_first
+from penjing.analysis.passes import numbered_paddings, outputs_first
 from penjing.data import Data
 from penjing.errors import DataError, RecipeError
 from penjing.recipe import Context
@@ -330,3 +330,55 @@ def test_what_takes_once_is_refused_in_rounds(inner: pj.Step) -> None:
     for settings in (pj.Gradually(step=inner, rounds=1), pj.Gradually(step=inner, rounds=3, schedule="one-shot")):
         made = pj.compress(model, pj.Recipe(settings)).network.tensors()
         assert all(torch.equal(tensor, made[name]) for name, tensor in alone.items())
+
+
+class Shared(nn.Module):
+    """A table that tokens are looked up in and outputs multiplied with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.inner = nn.Embedding(40, 16), nn.Linear(16, 16)
+        self.out = nn.Linear(16, 40)
+        self.out.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.inner(self.table(tokens)).relu())
+        return logits
+
+
+def test_a_shared_table_merges_back(tmp_path: Path) -> None:
+    tokens = torch.randint(0, 40, (6, 9))
+    model = pj.capture(Shared().eval(), inputs=(tokens[:2],))
+    made = model.apply(plan(model, tokens, ratio=0.4, where="table").edits)
+    made.save(tmp_path / "made.safetensors")
+    made = pj.Network.load(tmp_path / "made.safetensors")
+    assert set(model.parameter_names) - set(made.parameter_names) == {"table.weight"}
+    assert "no layer" in str(pytest.raises(RecipeError, plan, made, tokens, where="table").value)
+    found = pj.MergeFactors(always=True).plan(made, Context(original=made))
+    again = made.apply(found.edits)
+    assert found.notes[0] == "1 of 1 chains merged" and set(again.parameter_names) == set(model.parameter_names)
+    assert again.parameter_count() == model.parameter_count()
+    assert distance([outputs(made, tokens)], [outputs(again, tokens)]) < 1e-5
+    by_size = pj.MergeFactors(target="onnxruntime").plan(made, Context(original=made))
+    assert not by_size.edits and [r.choice for r in by_size.reasons] == ["stays a chain"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "more"), [(3, {}), (4, {}), ((4, 3), {"dilation": (1, 2)}), (2, {"bias": False}), (5, {"stride": 2})]
+)
+def test_paddings_by_name_are_numbers(kernel: Any, more: dict[str, Any], images: Tensor) -> None:
+    torch.manual_seed(0)
+    named = "valid" if "stride" in more else "same"
+    wide, last = nn.Conv2d(3, 24, kernel, padding=named, **more), nn.Conv2d(24, 24, 3, padding="valid")
+    layers = low_rank(wide, 2), nn.ReLU(), low_rank(last, 5)
+    model = pj.capture(nn.Sequential(*layers), inputs=(images[:2],))
+    turned = model.apply(numbered_paddings(model))
+    assert torch.equal(outputs(turned, images), outputs(model, images))
+    assert not any("padding" in str(n.target) for n in turned.graph_module.graph.nodes)
+    found = plan(model, images, energy=0.999999, convolutions="svd")
+    assert [r.choice for r in found.reasons] == ["svd, rank 2", "svd, rank 5"]
+    assert off(model, model.apply(found.edits), images) < 1e-5
+    apart = plan(model, images, energy=0.999, convolutions="svd", where="2")
+    untouched = [n for n in model.apply(apart.edits).graph_module.graph.nodes if "padding" in str(n.target)]
+    assert len(untouched) == 1

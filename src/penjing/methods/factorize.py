@@ -12,7 +12,7 @@ from torch import Tensor
 from penjing.analysis.chains import find_chains
 from penjing.analysis.factorization import Factorable, Ways, decompose, find_factorable, replacement
 from penjing.analysis.footprint import Footprint, footprint, shrinkage
-from penjing.analysis.passes import outputs_first
+from penjing.analysis.passes import numbered_paddings, outputs_first
 from penjing.analysis.reconstruct import Refit, reconstruct
 from penjing.analysis.rounding_harm import harms_of, measured_changes
 from penjing.errors import RecipeError
@@ -92,7 +92,11 @@ class Factorize(Step):
             raise RecipeError(
                 "Factorize cannot change a network that is already quantized", hint="put Factorize before Quantize"
             )
-        turned = [e for e in outputs_first(network) if all(matches(self.where, name) for name in _named(e))]
+        turned = [
+            e
+            for e in (*numbered_paddings(network), *outputs_first(network))
+            if all(matches(self.where, name) for name in _named(e))
+        ]
         size, network = footprint(network), network.apply(turned)
         found, left = find_factorable(network)
         left |= {layer.weight: "not selected by where" for layer in found if not matches(self.where, layer.weight)}
