@@ -332,38 +332,6 @@ def test_what_takes_once_is_refused_in_rounds(inner: pj.Step) -> None:
         assert all(torch.equal(tensor, made[name]) for name, tensor in alone.items())
 
 
-class Shared(nn.Module):
-    """A table that tokens are looked up in and outputs multiplied with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.inner = nn.Embedding(40, 16), nn.Linear(16, 16)
-        self.out = nn.Linear(16, 40)
-        self.out.weight = self.table.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.out(self.inner(self.table(tokens)).relu())
-        return logits
-
-
-def test_a_shared_table_merges_back(tmp_path: Path) -> None:
-    tokens = torch.randint(0, 40, (6, 9))
-    model = pj.capture(Shared().eval(), inputs=(tokens[:2],))
-    made = model.apply(plan(model, tokens, ratio=0.4, where="table").edits)
-    made.save(tmp_path / "made.safetensors")
-    made = pj.Network.load(tmp_path / "made.safetensors")
-    assert set(model.parameter_names) - set(made.parameter_names) == {"table.weight"}
-    assert "no layer" in str(pytest.raises(RecipeError, plan, made, tokens, where="table").value)
-    found = pj.MergeFactors(always=True).plan(made, Context(original=made))
-    again = made.apply(found.edits)
-    assert found.notes[0] == "1 of 1 chains merged" and set(again.parameter_names) == set(model.parameter_names)
-    assert again.parameter_count() == model.parameter_count()
-    assert distance([outputs(made, tokens)], [outputs(again, tokens)]) < 1e-5
-    by_size = pj.MergeFactors(target="onnxruntime").plan(made, Context(original=made))
-    assert not by_size.edits and [r.choice for r in by_size.reasons] == ["stays a chain"]
-
-
 @pytest.mark.parametrize(
     ("kernel", "more"), [(3, {}), (4, {}), ((4, 3), {"dilation": (1, 2)}), (2, {"bias": False}), (5, {"stride": 2})]
 )
@@ -382,3 +350,35 @@ def test_paddings_by_name_are_numbers(kernel: Any, more: dict[str, Any], images:
     apart = plan(model, images, energy=0.999, convolutions="svd", where="2")
     untouched = [n for n in model.apply(apart.edits).graph_module.graph.nodes if "padding" in str(n.target)]
     assert len(untouched) == 1
+
+
+@pytest.mark.parametrize("convolutions", FORMS)
+@pytest.mark.parametrize("ratio", [0.01, 0.5])
+def test_products_do_not_rise(images: Tensor, convolutions: str, ratio: float) -> None:
+    """A 1×1 at the inputs' resolution is more work than it saves: only where the form was named, with a warning."""
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(3, 32, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(32, 48, 3, 2, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(48, 16, 3, 2),
+    )
+    network = pj.capture(nn.Sequential(*layers), inputs=(images[:2],))
+    found = plan(network, images, ratio=ratio, convolutions=convolutions, allocation="error")
+    small = network.apply(found.edits)
+    before, after = footprint(network), footprint(small)
+    factored = {r.layer.removesuffix(".weight") for r in found.reasons if r.choice != "stays"}
+    rose = {n for n in factored if _work_of(after, n) > _work_of(before, n)}
+    told = [n for n in found.notes if n.startswith("warning: more multiply-accumulates")]
+    assert bool(told) == bool(rose) and all(f"{n}.weight" in told[0] for n in rose)
+    for name in rose:
+        assert f"{name}.weight {_work_of(before, name):,} → {_work_of(after, name):,}" in told[0]
+    if convolutions == "cp" and ratio == 0.01:
+        assert rose
+    if convolutions in ("tucker2", "auto"):
+        assert not rose and after.macs <= before.macs
+
+
+def _work_of(size: Any, layer: str) -> int:
+    return sum(macs for name, (_, macs) in size.by_layer.items() if name == layer or name.startswith(f"{layer}."))
