@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 import penjing as pj
 from penjing.analysis.factorization import decompose, find_factorable, replacement
 from penjing.analysis.footprint import footprint
-from penjing.analysis.passes import outputs_first
+from penjing.analysis.passes import numbered_paddings, outputs_first
 from penjing.data import Data
 from penjing.errors import DataError, RecipeError
 from penjing.recipe import Context
@@ -315,3 +315,70 @@ def test_what_cannot_be_done_is_said(network: pj.Network, images: Tensor) -> Non
     for each in (pj.Factorize(), pj.MergeFactors()):
         with pytest.raises(RecipeError, match="already quantized"):
             each.plan(quantized, Context(original=quantized))
+
+
+@pytest.mark.parametrize("inner", [pj.Factorize(ratio=0.8), pj.CodeWeights(rate=0.5)])
+def test_what_takes_once_is_refused_in_rounds(inner: pj.Step) -> None:
+    for schedule in ("cubic", "linear", "geometric"):
+        with pytest.raises(RecipeError, match=f"{inner.name} cannot take away in rounds") as caught:
+            pj.Gradually(step=inner, rounds=2, schedule=schedule)
+        assert "schedule='one-shot'" in (caught.value.hint or "")
+    with pytest.raises(RecipeError, match="cannot take away in rounds"):
+        pj.Gradually(step=pj.Gradually(step=inner, rounds=1), rounds=3)
+    model = pj.capture(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)), inputs=(torch.randn(2, 16),))
+    alone = pj.compress(model, pj.Recipe(inner)).network.tensors()
+    for settings in (pj.Gradually(step=inner, rounds=1), pj.Gradually(step=inner, rounds=3, schedule="one-shot")):
+        made = pj.compress(model, pj.Recipe(settings)).network.tensors()
+        assert all(torch.equal(tensor, made[name]) for name, tensor in alone.items())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "more"), [(3, {}), (4, {}), ((4, 3), {"dilation": (1, 2)}), (2, {"bias": False}), (5, {"stride": 2})]
+)
+def test_paddings_by_name_are_numbers(kernel: Any, more: dict[str, Any], images: Tensor) -> None:
+    torch.manual_seed(0)
+    named = "valid" if "stride" in more else "same"
+    wide, last = nn.Conv2d(3, 24, kernel, padding=named, **more), nn.Conv2d(24, 24, 3, padding="valid")
+    layers = low_rank(wide, 2), nn.ReLU(), low_rank(last, 5)
+    model = pj.capture(nn.Sequential(*layers), inputs=(images[:2],))
+    turned = model.apply(numbered_paddings(model))
+    assert torch.equal(outputs(turned, images), outputs(model, images))
+    assert not any("padding" in str(n.target) for n in turned.graph_module.graph.nodes)
+    found = plan(model, images, energy=0.999999, convolutions="svd")
+    assert [r.choice for r in found.reasons] == ["svd, rank 2", "svd, rank 5"]
+    assert off(model, model.apply(found.edits), images) < 1e-5
+    apart = plan(model, images, energy=0.999, convolutions="svd", where="2")
+    untouched = [n for n in model.apply(apart.edits).graph_module.graph.nodes if "padding" in str(n.target)]
+    assert len(untouched) == 1
+
+
+@pytest.mark.parametrize("convolutions", FORMS)
+@pytest.mark.parametrize("ratio", [0.01, 0.5])
+def test_products_do_not_rise(images: Tensor, convolutions: str, ratio: float) -> None:
+    """A 1×1 at the inputs' resolution is more work than it saves: only where the form was named, with a warning."""
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(3, 32, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(32, 48, 3, 2, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(48, 16, 3, 2),
+    )
+    network = pj.capture(nn.Sequential(*layers), inputs=(images[:2],))
+    found = plan(network, images, ratio=ratio, convolutions=convolutions, allocation="error")
+    small = network.apply(found.edits)
+    before, after = footprint(network), footprint(small)
+    factored = {r.layer.removesuffix(".weight") for r in found.reasons if r.choice != "stays"}
+    rose = {n for n in factored if _work_of(after, n) > _work_of(before, n)}
+    told = [n for n in found.notes if n.startswith("warning: more multiply-accumulates")]
+    assert bool(told) == bool(rose) and all(f"{n}.weight" in told[0] for n in rose)
+    for name in rose:
+        assert f"{name}.weight {_work_of(before, name):,} → {_work_of(after, name):,}" in told[0]
+    if convolutions == "cp" and ratio == 0.01:
+        assert rose
+    if convolutions in ("tucker2", "auto"):
+        assert not rose and after.macs <= before.macs
+
+
+def _work_of(size: Any, layer: str) -> int:
+    return sum(macs for name, (_, macs) in size.by_layer.items() if name == layer or name.startswith(f"{layer}."))

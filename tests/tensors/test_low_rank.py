@@ -98,3 +98,15 @@ def test_layers_after_one_another_are_one(dimensions: int) -> None:
 
 def test_ranks_are_multiples() -> None:
     assert [o.ranks for o in Svd(normal(40, 50), each=16).options] == [(16,), (32,)]
+
+
+def test_a_core_behind_few_inputs_has_as_many_outputs_as_it_can() -> None:
+    """One input channel and nine taps cannot make more than nine directions, however many outputs there are."""
+    weight = torch.randn(24, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    form = FORMS["tucker2"](weight)
+    for option in form.options:
+        made = form.factors(option)
+        assert [tuple(f.shape) for f in made] == list(option.shapes)
+        lost = float((dense(made) - weight).square().sum() / weight.square().sum())
+        assert lost == pytest.approx(option.error, abs=1e-5)
+    assert {o.ranks[1] for o in form.options if o.ranks[0] == 1} == {2, 4, 6, 8, 24}

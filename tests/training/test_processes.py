@@ -60,7 +60,8 @@ if {kill}:
             os._exit(9)
         learn(run, group)
     loop._Run.learn = dying
-result = here.pj.compress(here.network({norm}), {recipe}, data=(here.X[:{count}], here.Y[:{count}]), task="classification", resume={run!r})
+data = here.X[:{count}], here.Y[:{count}]
+result = here.pj.compress(here.network({norm}), {recipe}, data=data, task="classification", resume={run!r})
 state = {{name: tensor.detach() for name, tensor in result.network.tensors().items()}}
 notes = [plan.notes for plan in result.plans]
 torch.save((state, notes), {out!r} + f".{{rank}}")

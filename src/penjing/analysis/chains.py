@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,11 +41,13 @@ class _Shape:
 @dataclass(frozen=True)
 class Chain:
     """Layers after one another, `nodes`, with their weights by name, and `shape`, how the one convolution that does the
-    same moves (None: no convolution)."""
+    same moves (None: no convolution). Where the product is a table that rows are looked up in as well, `looking` are
+    the nodes that do so."""
 
     nodes: tuple[fx.Node, ...]
     weights: tuple[str, ...]
     shape: _Shape | None = None
+    looking: tuple[fx.Node, ...] = ()
 
     @property
     def name(self) -> str:
@@ -63,7 +65,8 @@ class Chain:
 
 def find_chains(network: Network) -> list[Chain]:
     """The longest chains of `network`: linear layers, an embedding and linear layers, convolutions of which no two look
-    at several positions along one dimension. Weights must be trainable, dense and read once."""
+    at several positions along one dimension. Weights must be trainable, dense and read once, but for the two factors of
+    a table that is looked up in and multiplied with."""
     tensors, free = network.tensors(), set(network.parameter_names) - set(network.masks)
     reads: dict[str, int] = {}
     for node in network.graph_module.graph.nodes:
@@ -80,7 +83,29 @@ def find_chains(network: Network) -> list[Chain]:
         if joined is not None:
             del ending[before]
         ending[node] = joined or single
-    return [chain for chain in ending.values() if len(chain.nodes) > 1]
+    return [*(chain for chain in ending.values() if len(chain.nodes) > 1), *_tables(network, free)]
+
+
+def _tables(network: Network, free: set[str]) -> Iterator[Chain]:
+    """Two factors of which both a table of rows and a linear layer are made."""
+    readers: dict[str, list[fx.Node]] = {}
+    for node in network.graph_module.graph.nodes:
+        if node.op == "get_attr":
+            readers.setdefault(str(node.target), []).extend(node.users)
+    for last in network.graph_module.graph.nodes:
+        first = last.args[0] if last.target is aten.linear.default and not last.kwargs else None
+        if not isinstance(first, fx.Node) or first.target is not aten.linear.default or first.kwargs:
+            continue
+        names = [str(n.args[1].target) for n in (first, last) if n.args[1].op == "get_attr"]  # type: ignore[union-attr]
+        if len(names) < 2 or not free.issuperset(names) or _bias(first) is not None or len(first.users) > 1:
+            continue
+        (inner, outer) = ([n for n in readers[name] if n not in (first, last)] for name in names)
+        if len(inner) != 1 or len(outer) != 1:
+            continue
+        product, rows = inner[0], outer[0]
+        if rows.target is aten.embedding.default and product.target is aten.matmul.default and len(rows.users) == 1:
+            if product.args[0] is rows and str(rows.args[0].target) == names[1]:  # type: ignore[union-attr]
+                yield Chain((first, last), tuple(names), looking=(rows, product))
 
 
 def _single(node: fx.Node, tensors: Mapping[str, Tensor]) -> Chain | None:
@@ -144,8 +169,8 @@ def _by_dimension(s: _Shape) -> list[tuple[int, int, int, int]]:
     return list(zip(s.kernel, s.stride, s.padding, s.dilation, strict=True))
 
 
-def as_one(network: Network, chain: Chain) -> ReplaceLayer:
-    """The edit that puts one layer in the place of a chain; worked out in float64."""
+def as_one(network: Network, chain: Chain) -> tuple[ReplaceLayer, ...]:
+    """The edits that put one layer in the place of a chain; worked out in float64."""
     tensors = network.tensors()
     weight, bias = _outputs_first(chain.nodes[0], tensors[chain.weights[0]]), _constant(chain.nodes[0], tensors)
     looks = chain.nodes[0].target is aten.embedding.default
@@ -174,7 +199,12 @@ def as_one(network: Network, chain: Chain) -> ReplaceLayer:
     parameters = {
         n: torch.nn.Parameter(t.to(old.dtype).contiguous(), requires_grad=old.requires_grad) for n, t in held.items()
     }
-    return ReplaceLayer(node=last.name, calls=(_one_call(chain, name, constant),), tensors=parameters)
+    edits = [ReplaceLayer(node=last.name, calls=(_one_call(chain, name, constant),), tensors=parameters)]
+    if chain.looking:
+        rows, product = chain.looking
+        call = call_of(rows.target, f"@{name}", *(reference(a) for a in rows.args[1:]))
+        edits.append(ReplaceLayer(node=product.name, calls=(call,), tensors=parameters))
+    return tuple(edits)
 
 
 def _one_call(chain: Chain, name: str, constant: Any) -> Call:

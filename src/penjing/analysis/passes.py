@@ -21,6 +21,12 @@ from penjing.network.network import Network
 _LINEAR = {"aten::linear": (1, 2)}
 #: Products, with the positions of input, weight and bias.
 _MATRIX = {"aten::addmm": (1, 2, 0), "aten::mm": (0, 1, None), "aten::matmul": (0, 1, None)}
+#: Convolutions whose padding has a name, and those where it is a number for each dimension.
+_NAMED = {
+    torch.ops.aten.conv1d.padding: torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv2d.padding: torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv3d.padding: torch.ops.aten.conv3d.default,
+}
 _PADS = ("aten::pad", "aten::constant_pad_nd")
 
 
@@ -92,6 +98,37 @@ def outputs_first(network: Network) -> tuple[Edit, ...]:
         if name in network.masks:
             turned.append(MaskWeights(parameter=name, mask=network.masks[name].T.contiguous()))
     return tuple(sorted(turned, key=lambda e: isinstance(e, MaskWeights)))
+
+
+def numbered_paddings(network: Network) -> tuple[ReplaceLayer, ...]:
+    """Edits that write the padding "same" or "valid" of convolutions as numbers, with an operator of its own in front
+    where one side gets more than the other."""
+    found, tensors = [], network.tensors()
+    for node in network.graph_module.graph.nodes:
+        if node.target not in _NAMED or node.kwargs or not (weight := _stored_name(node.args[1])):
+            continue
+        kernel = tensors[weight].shape[2:]
+        given = (argument(node, place, "", 1) for place in (3, 5))
+        stride, dilation = ((list(v) if isinstance(v, list | tuple) else [v]) * len(kernel) for v in given)
+        same = argument(node, 4, "padding", "valid") == "same"
+        added = [d * (k - 1) if same else 0 for d, k in zip(dilation, kernel, strict=False)]
+        bias = node.args[2] if len(node.args) > 2 else None
+        calls = []
+        if any(n % 2 for n in added):  # torch puts what is left over behind
+            pads = [side for n in reversed(added) for side in (0, n % 2)]
+            pad = flat.target_name(torch.ops.aten.constant_pad_nd.default)
+            calls = [Call(operator=pad, arguments=("%", pads, 0.0))]
+        constant = f"@{bias.target}" if isinstance(bias, fx.Node) else None
+        numbers = (
+            stride[: len(kernel)],
+            [n // 2 for n in added],
+            dilation[: len(kernel)],
+            argument(node, 6, "groups", 1),
+        )
+        arguments = ("%", f"@{weight}", constant, *numbers)
+        calls.append(Call(operator=flat.target_name(_NAMED[node.target]), arguments=arguments))
+        found.append(ReplaceLayer(node=node.name, calls=tuple(calls), tensors={weight: tensors[weight]}))
+    return tuple(found)
 
 
 def _stored_name(node: Any) -> str:

@@ -51,6 +51,7 @@ class CodeWeights(Step):
     """
 
     amounts: ClassVar[Mapping[str, str]] = {"rate": "zero"}
+    once: ClassVar[str] = "it needs a float network and leaves one on grids"
 
     rate: float = 0.1
     samples: int = 1000

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from penjing.analysis.chain_work import Work
 from penjing.analysis.chains import find_chains
 from penjing.analysis.factorization import Factorable, Ways, decompose, find_factorable, replacement
 from penjing.analysis.footprint import Footprint, footprint, shrinkage
-from penjing.analysis.passes import outputs_first
+from penjing.analysis.passes import numbered_paddings, outputs_first
 from penjing.analysis.reconstruct import Refit, reconstruct
 from penjing.analysis.rounding_harm import harms_of, measured_changes
 from penjing.errors import RecipeError
@@ -26,6 +27,8 @@ from penjing.tensors.allocation import along_curves
 from penjing.tensors.low_rank import FORMS, Option
 
 _ALL = tuple(name for name in FORMS if name != "cp")
+#: Forms that nobody gets without naming them.
+_ASKED = ("svd", "spatial", "cp")
 _CRITERIA = ("activations", "weights")
 _ALLOCATIONS = ("error", "sensitivity")
 #: Multiply-accumulates that measuring the layers' sensitivities may take.
@@ -50,12 +53,14 @@ class Factorize(Step):
     last factor of each chain is then refitted, without labels (`penjing.analysis.reconstruct`). Ranks are multiples of
     `round_to`, where a layer has room for some.
 
-    A layer stays where no product is smaller, and, with a `target`, where the chain is not faster there, each measured
-    by itself for one sample (`penjing.runtimes.layer_latency`). Factors are not factorized once more; `MergeFactors`
-    makes one layer of a chain again.
+    A layer stays where no product is smaller, where every smaller one takes more multiply-accumulates (unless it is a
+    table, or `convolutions` names its form "svd", "spatial" or "cp"; a note then warns), and, with a `target`, where
+    the chain is not faster there, each measured by itself for one sample (`penjing.runtimes.layer_latency`). Factors
+    are not factorized once more; `MergeFactors` makes one layer of a chain again.
     """
 
     amounts: ClassVar[Mapping[str, str]] = {"ratio": "goes"}
+    once: ClassVar[str] = "a factor is not factorized once more"
 
     ratio: float | None = None
     energy: float | None = None
@@ -91,7 +96,11 @@ class Factorize(Step):
             raise RecipeError(
                 "Factorize cannot change a network that is already quantized", hint="put Factorize before Quantize"
             )
-        turned = [e for e in outputs_first(network) if all(matches(self.where, name) for name in _named(e))]
+        turned = [
+            e
+            for e in (*numbered_paddings(network), *outputs_first(network))
+            if all(matches(self.where, name) for name in _named(e))
+        ]
         size, network = footprint(network), network.apply(turned)
         found, left = find_factorable(network)
         left |= {layer.weight: "not selected by where" for layer in found if not matches(self.where, layer.weight)}
@@ -107,7 +116,8 @@ class Factorize(Step):
         weighted = batches if self.criterion == "activations" else []
         forms = _ALL if self.convolutions == "auto" else (self.convolutions,)
         ways = decompose(network, layers, weighted, forms, each=self.round_to, progress=context.progress)
-        options = _smaller(network, ways, left)
+        work = Work(network, layers)
+        options = _smaller(network, ways, work, self.convolutions, left)
         chosen = self._choose(network, ways, options, left, batches, context, notes)
         slow = self._slow(network, chosen, context) if self.target is not None else {}
         chosen, left = {n: o for n, o in chosen.items() if n not in slow}, left | slow
@@ -124,7 +134,7 @@ class Factorize(Step):
         values = {n: v for w, f in made.items() for n, v in ways[w].instead(f, tensors).items() if n != w}
         refitted = tuple(SetWeights(parameter=n, value=value) for n, value in {**values, **refit.tensors}.items())
         notes[:0] = [f"{len(chosen)} of {len(chosen) + len(left)} layers factorized"]
-        notes[1:1] = shrinkage(size, footprint(factored))
+        notes[1:1] = [*shrinkage(size, footprint(factored)), *_warned(chosen, work)]
         reasons = _reasons(network, chosen, left, last, refit)
         return Plan(step=self, edits=(*turned, *edits, *refitted), reasons=reasons, notes=tuple(notes))
 
@@ -212,15 +222,28 @@ def _named(edit: Edit) -> list[str]:
     return list(edit.tensors) if isinstance(edit, ReplaceLayer) else [str(getattr(edit, "parameter", ""))]
 
 
-def _smaller(network: Network, ways: Mapping[str, Ways], left: dict[str, str]) -> dict[str, list[Option]]:
-    """Options that have fewer weights, by weight; `left` gets those without any."""
-    tensors = network.tensors()
-    options = {
-        name: [o for d in several.decompositions for o in d.options if o.parameters < tensors[name].numel()]
-        for name, several in ways.items()
-    }
-    left |= {name: "no product is smaller" for name, several in options.items() if not several}
-    return {name: several for name, several in options.items() if several}
+def _smaller(
+    network: Network, ways: Mapping[str, Ways], work: Work, asked: str, left: dict[str, str]
+) -> dict[str, list[Option]]:
+    """Options that have fewer weights, and no more multiply-accumulates unless their form was `asked` for or is the
+    only one of a table, by weight; `left` gets those without any."""
+    tensors, found = network.tensors(), dict[str, list[Option]]()
+    for name, several in ways.items():
+        smaller = [o for d in several.decompositions for o in d.options if o.parameters < tensors[name].numel()]
+        before = work.of_layer(name)
+        good = [o for o in smaller if not before or o.form == asked in _ASKED or work.of(name, o) <= before]
+        if good:
+            found[name] = good
+        else:
+            more = "every smaller product takes more multiply-accumulates"
+            left[name] = more if smaller else "no product is smaller"
+    return found
+
+
+def _warned(chosen: Mapping[str, Option], work: Work) -> list[str]:
+    more = {n: (work.of_layer(n), work.of(n, o)) for n, o in chosen.items()}
+    rows = [f"{n} {before:,} → {after:,}" for n, (before, after) in more.items() if after > before]
+    return [f"warning: more multiply-accumulates as a chain: {', '.join(rows)}"] if rows else []
 
 
 def _sensitivities(

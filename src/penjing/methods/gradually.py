@@ -46,7 +46,7 @@ class Gradually(Step):
     After round r of R the share s of `step` is gone as far as `schedule` says: "cubic" s·(1 - (1 - r/R)³), "linear"
     s·r/R, "geometric" 1 - (1 - s)^(r/R), the same share of what is left in each round; with "one-shot" all goes in the
     first round, and the others only do what is in between. Each round decides on the network as it then is; masks of
-    earlier rounds stay.
+    earlier rounds stay. Factorize and CodeWeights take once: only "one-shot" or `rounds=1` suits them.
 
     `floor` holds the task's metric: "accuracy>=-1%" beside the network that came in, "accuracy>=91%" by itself. It is
     measured after each round on the share `held_out` of the samples (0.2 if nothing is said), which neither `step` nor

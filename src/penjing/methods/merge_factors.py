@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from penjing.analysis.chains import Chain, apart, as_one, find_chains
 from penjing.analysis.footprint import footprint, shrinkage
 from penjing.errors import RecipeError
-from penjing.network import Network
+from penjing.network import Network, ReplaceLayer
 from penjing.network import graph as flat
 from penjing.recipe import Context, Plan, Reason, Step, matches, step
 from penjing.runtimes import Target
@@ -45,25 +45,27 @@ class MergeFactors(Step):
         tensors, taken = network.tensors(), dict[str, tuple[float, float]]()
         if self.target is not None and not self.always and chains:
             taken = self._taken(network, chains, context)
-        reasons, wanted = [], []
-        for chain, edit in edits.items():
-            name = next(iter(edit.tensors))
-            before, after = sum(tensors[w].numel() for w in chain.weights), edit.tensors[name].numel()
+        reasons, wanted, merged = list[Reason](), list[ReplaceLayer](), 0
+        for chain, own in edits.items():
+            name = next(iter(own[0].tensors))
+            before, after = sum(tensors[w].numel() for w in chain.weights), own[0].tensors[name].numel()
             why = f"weights {before:,} → {after:,}"
             good = after <= before
             if name in taken:
                 one, several = taken[name]
                 good, why = one <= several, f"{why}; {several:.3g} ms → {one:.3g} ms on {self.target}"
             if good or self.always:
-                wanted.append(edit)
+                wanted += own
+                merged += 1
             reasons.append(Reason(layer=name, choice="merged" if good or self.always else "stays a chain", why=why))
         size = footprint(network)
-        notes = (f"{len(wanted)} of {len(chains)} chains merged", *shrinkage(size, footprint(network.apply(wanted))))
+        notes = (f"{merged} of {len(chains)} chains merged", *shrinkage(size, footprint(network.apply(wanted))))
         return Plan(step=self, edits=tuple(wanted), reasons=tuple(reasons), notes=notes)
 
     def _taken(self, network: Network, chains: list[Chain], context: Context) -> dict[str, tuple[float, float]]:
-        """Milliseconds as one layer and as a chain, by the weight of the one layer; embeddings are left out."""
-        edits = [as_one(network, c) for c in chains]
+        """Milliseconds as one layer and as a chain, by the weight of the one layer; tables are left out."""
+        chains = [c for c in chains if not c.looking]
+        edits = [as_one(network, c)[0] for c in chains]
         tensors = network.tensors()
         ways = {
             next(iter(edit.tensors)): tuple(

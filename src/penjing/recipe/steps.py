@@ -37,6 +37,9 @@ class Step(ABC):
     #: footprint's count that stays, and "stays" that of anything else. Schedules and searches turn these.
     amounts: ClassVar[Mapping[str, str]] = {}
 
+    #: Why this Step cannot take more where it has taken something already; empty if it can.
+    once: ClassVar[str] = ""
+
     #: Whether this Step trains, and heeds `Context.after_step`.
     learns: ClassVar[bool] = False
 
@@ -87,6 +90,11 @@ class Step(ABC):
             raise RecipeError(f"{self.name} does not say how much to take away", hint=_how_to_say(type(self)))
         if share == whole and not before:
             return self
+        if before and self.once:
+            raise RecipeError(
+                f"{self.name} cannot take away in rounds: {self.once}",
+                hint="schedule='one-shot' takes all in the first round; SearchAmount finds how much may go",
+            )
         changed: dict[str, Any] = {}
         for field, most in self._going().items():
             counts = self.amounts[field]

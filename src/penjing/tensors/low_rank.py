@@ -132,6 +132,7 @@ class Tucker2:
             self.options += [
                 Option("tucker2", (r, s), self._shapes(r, s), lost[min(s, len(energies))], core=int(r < inputs))
                 for s in _candidates(outputs, each)
+                if s <= len(energies) or s == outputs  # more directions than the core has are none
             ]
 
     def _shapes(self, r: int, s: int) -> tuple[tuple[int, ...], ...]:
