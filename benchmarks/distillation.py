@@ -111,7 +111,8 @@ def fashion(data: Path) -> Iterator[dict[str, Any]]:
     row = {"parameters": big.parameter_count(), "processor minutes": round(minutes, 2)}
     yield {"what": "teacher", "accuracy": told, **row}
     own["epochs"] = 10
-    ways: dict[str, pj.Step] = {"soft labels": pj.Distill(**own, teacher="big", alpha=0.7, temperature=2.0), "plain": pj.Finetune(**own)}
+    taught = pj.Distill(**own, teacher="big", alpha=0.7, temperature=2.0)
+    ways: dict[str, pj.Step] = {"soft labels": taught, "plain": pj.Finetune(**own)}
     reached: dict[str, list[float]] = {}
     for seed in SEEDS:
         for what, step in ways.items():
