@@ -121,6 +121,14 @@ def test_where_limits_what_changes(network: Network) -> None:
         Finetune(where="nothing").plan(network, context(network))
 
 
+def test_what_was_frozen_to_run_is_trained() -> None:
+    """A file would not tell; `where` holds still."""
+    frozen = capture(tiny().requires_grad_(False), inputs=(torch.rand(2, 3, 8, 8),))
+    plan = Finetune(epochs=1, where=["*", "!0"]).plan(frozen, context(frozen))
+    changed = {e.parameter for e in plan.edits if isinstance(e, SetWeights)}
+    assert "5.weight" in changed and "0.weight" not in changed
+
+
 def test_what_it_lacks_is_said(network: Network) -> None:
     with pytest.raises(RecipeError, match="needs a task"):
         Finetune().plan(network, context(network, task=None))
