@@ -22,6 +22,8 @@ from penjing.progress import SILENT, Progress
 
 Array = NDArray[Any]
 
+LADDER = "ladder"  # the key of metadata that says how good the layers of a package were found to be
+
 _CODE_OF = {np.dtype(code).str[1:]: code for code in reversed(CODES)}
 
 
@@ -30,12 +32,15 @@ def encode(
     arrays: Mapping[str, Array],
     *,
     metadata: Mapping[str, Any] | None = None,
+    delta: Mapping[str, Any] | None = None,
+    parent: str = "",
     progress: Progress = SILENT,
 ) -> bytes:
     """The bytes of a package.
 
     topology: any text. arrays: numpy arrays of bool, integers or floats (bfloat16 as its uint16 bits), of any shape;
     8-bit integers are coded as grids, everything else losslessly too. metadata: plain JSON values.
+    delta: what delta.py says of itself where the arrays are changes; parent: the topology that this one may point into.
     The same input gives the same bytes (of the same zstandard release). Raises InputError for other values.
     """
     tensors = tuple(described(name, array) for name, array in arrays.items())
@@ -62,7 +67,7 @@ def encode(
     _keep_honest(parts, payloads, values, sum(t.nbytes for t in tensors) + len(text))
     if not any(part.codec == codecs.GRID for part in parts):
         models = ()
-    codec, frame = codecs.encode_text(text)
+    codec, frame = codecs.encode_text(text, utf8(parent))
     index = Index(
         tensors=tensors,
         topology=Part(codec=codec, stored=len(frame), digest=_sha256(frame), pieces=()),
@@ -70,6 +75,7 @@ def encode(
         parts=tuple(parts),
         models=models,
         metadata=plain(metadata),
+        delta=None if delta is None else plain(delta),
     )
     return b"".join([layout.pack(index), frame, *payloads])
 
