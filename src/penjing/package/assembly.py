@@ -46,6 +46,10 @@ class Assembly:
         missing = [p.layer for n, p in enumerate(self._index.parts) if n not in self._taken]
         return min(missing) - 1 if missing else self._index.layers
 
+    def has(self, number: int) -> bool:
+        """Whether part `number` was taken."""
+        return number in self._taken
+
     def fits(self, number: int) -> bool:
         """Whether part `number` was not taken yet, and what it refines is here."""
         part = self._index.parts[number]

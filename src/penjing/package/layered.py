@@ -29,7 +29,7 @@ FIRST = 0.53  # of all bytes, about those of the first layer
 _LEAST = 1024  # elements of the smallest tensor that is worth cutting
 _LEAST_PART = 64 << 10  # raw bytes of a part of a further layer, where there are so many
 _MOST_PARTS = 8  # of a further layer, where they can be larger
-_ROUNDS = 24
+_ROUNDS = 20
 
 
 def layerable(arrays: Mapping[str, Array]) -> list[str]:
@@ -218,7 +218,8 @@ class Layered:
             distance = np.abs(np.arange(256) - each.centre)
             held = sum(np.bincount(self._symbols[i], minlength=256) for i in each.members)
             counts.append(np.bincount(distance, weights=held))
-        low, high = -10.0, 40.0  # of the price, as a power of 2
+        weights = [math.log2(each.harm) for each in classes]
+        low, high = min(weights) - 6, max(weights) + 18  # of the price, as a power of 2: errors are 1/4 to 255
         best: list[list[int]] = [own[-1] if own else [] for own in before]
         for _ in range(_ROUNDS):
             price = 2 ** ((low + high) / 2)
