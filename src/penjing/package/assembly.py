@@ -33,10 +33,11 @@ class Assembly:
         self._used: dict[int, Bytes] = {}  # the model of each element of a tensor with bins
         self._known: dict[int, Bytes] = {}  # layers that are known of each element of a layered tensor
         for i, (tensor, ladder) in enumerate(zip(index.tensors, self._ladders, strict=True)):
-            dtype = {Bins: np.dtype(np.uint8), Planes: np.dtype("<u4"), type(None): tensor.dtype}[type(ladder)]
-            self._held.append((np.empty if ladder is None else np.zeros)(tensor.size, dtype=dtype))
-            if ladder is not None:
-                self._known[i] = np.zeros(tensor.size, dtype=np.uint8)
+            if ladder is None:
+                self._held.append(np.empty(tensor.size, dtype=tensor.dtype))
+                continue
+            self._held.append(np.zeros(tensor.size, dtype=np.uint8 if isinstance(ladder, Bins) else "<u4"))
+            self._known[i] = np.zeros(tensor.size, dtype=np.uint8)
             if isinstance(ladder, Bins):
                 self._used[i] = np.zeros(tensor.size, dtype=np.uint8)
 
@@ -116,9 +117,9 @@ class Assembly:
                     self._held[tensor][place] = (found ^ 0x80).view(np.int8) if signed else found
             return
         before = [self._held[tensor][place] for tensor, place in places]
-        used = [self._used[tensor][place] for tensor, place in places]
-        found = nested.decode_next(payload, runs, before, used, self._index.models, part.layer)
-        for (tensor, place), values in zip(places, found, strict=True):
+        names_before = [self._used[tensor][place] for tensor, place in places]
+        decoded = nested.decode_next(payload, runs, before, names_before, self._index.models, part.layer)
+        for (tensor, place), values in zip(places, decoded, strict=True):
             self._held[tensor][place] = values
 
     def _spec(self, piece: Piece, layer: int) -> Spec:

@@ -99,7 +99,7 @@ def decode(
 ) -> tuple[str, dict[str, Array], dict[str, Any]]:
     """The new network as plain values. Raises InputError where `delta` is none, PackageError where it is one of another
     network than `old`, or does not give the network that it names."""
-    header, index, payloads = archive.open_bytes(delta)
+    header, index, payloads = archive.open_bytes(bytes(delta))
     if header.required & layout.SEALED:
         archive.refuse_other_kinds(header)
     if not header.required & layout.DELTA:

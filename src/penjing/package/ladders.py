@@ -1,8 +1,8 @@
 """Ladders: in which steps the values of a tensor become known, from coarse to exact.
 
-Of 8-bit integers every layer but the last has a list of cuts, the byte values at which a bin begins; the bins of a layer
-are parts of those before it. Of 32-bit floats every layer has so many bytes, from the high end. docs/format.md has the
-JSON.
+Of 8-bit integers every layer but the last has a list of cuts, the byte values at which a bin begins; the bins of a
+layer are parts of those before it. Of 32-bit floats every layer has so many bytes, from the high end. docs/format.md
+has the JSON.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ class Layered:
         for each in classes:
             distance = np.abs(np.arange(256) - each.centre)
             held = sum(np.bincount(self._symbols[i], minlength=256) for i in each.members)
-            counts.append(np.bincount(distance, weights=held))
+            counts.append(np.bincount(distance, weights=held).astype(np.float64))
         weights = [math.log2(each.harm) for each in classes]
         low, high = min(weights) - 6, max(weights) + 18  # of the price, as a power of 2: errors are 1/4 to 255
         best: list[list[int]] = [own[-1] if own else [] for own in before]
@@ -342,7 +342,8 @@ class Layered:
             exact = self._flat[i][place].view("<u4")
             shift = np.uint32(ladder.shift(layer))
             near = ladder.values(exact >> shift << shift, layer).view("<f4").astype(np.float64)
-            error = np.nan_to_num(near - exact.view("<f4"), nan=0.0, posinf=0.0, neginf=0.0)
+            with np.errstate(invalid="ignore"):
+                error = np.nan_to_num(near - exact.view("<f4"), nan=0.0, posinf=0.0, neginf=0.0)
         else:
             table = np.array([ladder.values(weights_of(m), layer)[ladder.tables[layer - 1]] for m in self._models])
             values = self._symbols[i][place]
@@ -350,10 +351,4 @@ class Layered:
         return self._harms[i] * float(error @ error)
 
 
-def rungs(index: Index, sizes: Sequence[int]) -> list[int]:
-    """Bytes of the package up to the end of each layer; `sizes`: where parts end."""
-    return [max(end for part, end in zip(index.parts, sizes, strict=True) if part.layer <= layer)
-            for layer in range(1, index.layers + 1)]  # fmt: skip
-
-
-__all__ = ["FIRST", "Layered", "layerable", "rungs"]
+__all__ = ["FIRST", "Layered", "layerable"]

@@ -141,9 +141,9 @@ def _groups(
         if before is not None:
             inside = np.flatnonzero(bins.parents(layer) == parent)
             weights, first = weights[inside], int(inside[0])
-        places = found[model, ladder, parent]
-        places += [np.zeros(0, dtype=np.intp)] * (len(runs) - len(places))
-        yield _Group(places, first, weights if weights.any() else np.ones_like(weights))
+        members = found[model, ladder, parent]
+        members += [np.zeros(0, dtype=np.intp)] * (len(runs) - len(members))
+        yield _Group(members, first, weights if weights.any() else np.ones_like(weights))
 
 
 def _push(encoder: Encoder, bins: Sequence[Bytes], groups: list[_Group]) -> None:

@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 
 class Refining:
-    """A package of which parts may still be missing: a file, a directory, or the folder OUT.pull of a pull under way."""
+    """A package of which parts may still be missing: a file, a directory, or the folder of a pull under way."""
 
     def __init__(self, path: str | os.PathLike[str], *, layers: int | None = None) -> None:
         """Reads the manifest; of the parts, those of the first `layers` are wanted. Raises PackageError, InputError."""
@@ -48,14 +48,15 @@ class Refining:
                 continue
             if hashlib.sha256(payload).digest() != part.digest:
                 raise PackageError(
-                    f"{self._front.name(number)} does not match its SHA-256", hint="the package is damaged: get it again"
+                    f"{self._front.name(number)} does not match its SHA-256",
+                    hint="the package is damaged: get it again",
                 )
             self._assembly.take(number, memoryview(payload))
             taken += 1
         return taken
 
     def read(self) -> tuple[str, dict[str, Array], dict[str, Any]]:
-        """Topology, arrays as far as they are known, and metadata. Raises PackageError before the first layer is here."""
+        """Topology, arrays as they are known, and metadata. Raises PackageError before the first layer is here."""
         index, data = self._front.index, memoryview(self._front.data)
         text = archive.topology_text(index, data[len(data) - index.topology.stored :])
         return text, self._assembly.arrays(), index.metadata

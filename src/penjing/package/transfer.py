@@ -62,9 +62,10 @@ def pull(
 ) -> Pulled:
     """Fetches a package from one or several http(s) URLs: packages, directories, volumes; mirrors, or each with some.
 
-    until_bytes: end early, with the parts that lie within so many first bytes of the package; the next pull goes on.
-    layers: end early, with the parts of so many layers. jobs: requests at a time. layout: of the result, "file" or "directory". Raises InputError for arguments that make
-    no sense, TransferError where the servers do not give the package (what has come is kept), OutputError.
+    until_bytes: end early, with the parts that lie within so many first bytes of the package; layers: with those of so
+    many quality layers. The next pull goes on. jobs: requests at a time. layout: of the result, "file" or "directory".
+    Raises InputError for arguments that make no sense, TransferError where the servers do not give the package (what
+    has come is kept), OutputError.
     """
     addresses = [address(url) for url in ([urls] if isinstance(urls, str) else urls)]
     if not addresses:
@@ -81,7 +82,9 @@ def pull(
     async def all_of_it() -> Pulled:
         web = Web(timeout=(patience or Patience()).timeout, connections=jobs)
         try:
-            return await _pull(web, addresses, out, (until_bytes, layers), jobs, layout, patience or Patience(), progress)
+            return await _pull(
+                web, addresses, out, (until_bytes, layers), jobs, layout, patience or Patience(), progress
+            )
         finally:
             await web.close()
 
@@ -89,7 +92,7 @@ def pull(
 
 
 def wanted(front: Manifest, until_bytes: int | None, layers: int | None = None) -> list[int]:
-    """Numbers of the parts to fetch: all, or those within the first bytes of the single file, or of the first layers."""
+    """Numbers of the parts to fetch: all, or those in the first bytes of the single file, and of the first layers."""
     return [
         n
         for n, (part, end) in enumerate(zip(front.parts, front.offsets[1:], strict=True))

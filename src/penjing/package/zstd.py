@@ -14,9 +14,7 @@ _SMALL = 16 << 10  # bytes up to which the strongest level is always tried
 _MAX_WINDOW = 128 << 20
 
 
-def compress(
-    data: bytes, *, worth: int | None = None, phrases: bool = False, known: bytes = b""
-) -> bytes | None:
+def compress(data: bytes, *, worth: int | None = None, phrases: bool = False, known: bytes = b"") -> bytes | None:
     """A frame of `data`; None if it would not come below `worth` bytes, which a quick trial tells.
 
     With `phrases` it may point into phrases.txt, what topologies usually say: a reader needs that file. With `known` it
