@@ -29,11 +29,11 @@ from penjing.analysis.regrid import onto_grids
 from penjing.package import delta
 
 #: Name, images, learning rate, steps of 64, slack, what is trained.
-TUNES: tuple[tuple[str, str, float, int, float, str], ...] = (
+TUNES: tuple[tuple[str, str, float, int, float, str | list[str]], ...] = (
     ("light", "plain", 1e-4, 100, 0.0, "*"),
     ("dark, small rate", "dark", 1e-4, 100, 0.0, "*"),
     ("dark, small rate, slack", "dark", 1e-4, 100, 0.25, "*"),
-    ("dark, first and last layers", "dark", 1e-3, 100, 0.0, "[cl]*"),
+    ("dark, first and last layers", "dark", 1e-3, 100, 0.0, ["net.conv1*", "net.linear*"]),
     ("dark, heavy", "dark", 1e-2, 300, 0.0, "*"),
 )
 

@@ -260,6 +260,11 @@ def payload(number, change):
     return apply
 
 
+def again(p):
+    p.front["parts"].append(p.front["parts"][-1])
+    p.payloads.append(p.payloads[-1])
+
+
 LIES = {
     "no ladders": (lambda p: p.front.pop("ladders"), "'ladders' is missing"),
     "no feature": (lambda p: setattr(p, "required", 0), "not understood|where it cannot be"),
@@ -284,7 +289,7 @@ LIES = {
     "a range beyond the tensor": (last(lambda r: [*r[:4], 0, 10**9]), "goes beyond its tensor"),
     "a range of nothing": (last(lambda r: [*r[:4], 5, 5]), "goes beyond its tensor"),
     "a range that leaves a gap": (last(lambda r: [*r[:4], 5, 6]), "a gap"),
-    "a part twice": (lambda p: (p.front["parts"].append(p.front["parts"][-1]), p.payloads.append(p.payloads[-1])), "overlaps"),
+    "a part twice": (again, "overlaps"),
     "a part less": (lambda p: (p.front["parts"].pop(), p.payloads.pop()), "a gap"),
     "layers before the first": (rows(lambda r: r.insert(0, r.pop())), "stands behind others"),
     "floats as bins": (last(lambda r: [6, *r[1:]]), "nested, cannot"),

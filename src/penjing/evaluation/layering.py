@@ -20,7 +20,6 @@ from penjing.recipe.judging import scores_of
 from penjing.task import Task
 
 _SAMPLES = 128  # on which harms are measured
-_COARSE = 0.25  # of a tensor's root mean square, about the error with which its harm is measured
 
 Array = NDArray[Any]
 
@@ -45,8 +44,13 @@ def layered(
         raise InputError(
             f"{network.name} holds nothing that can be cut into layers", hint="int8 grids and float32 matrices can be"
         )
-    harms = _shares(network, names) if data is None else _harms(network, names, data, progress)
-    made = Layered(topology, arrays, layers=layers, harms=harms, progress=progress)
+    made = Layered(topology, arrays, layers=layers, harms=_shares(network, names), progress=progress)
+    if data is not None:
+        judge = _Judge(network, data)
+        harms = judge.harms(names, made.arrays(1), progress)
+        other = Layered(topology, arrays, layers=layers, harms=harms, progress=progress)
+        # What errors do one by one is not all of what they do together: the samples decide.
+        made = min(made, other, key=lambda each: judge.change(topology, each.arrays(1)))
     quality = _measured(made, topology, data, task, progress) if data is not None and task is not None else _told(made)
     return made.encode({"name": network.name, LADDER: quality})
 
@@ -67,45 +71,43 @@ def _shares(network: Network, names: list[str]) -> dict[str, float]:
     return found
 
 
-def _harms(network: Network, names: list[str], data: Data, progress: Progress) -> dict[str, float]:
-    """What a squared error of 1 in one value of each tensor does to the outputs, relative to their squares."""
-    probe = Network.from_state(*network.state())
-    inputs = probe.bind(data.first(_SAMPLES if probe.batch_is_dynamic else probe.inputs[0].shape[0]))
-    before = _outputs(probe, inputs)
-    power = sum(float(b.square().sum()) for b in before)
-    found = {}
-    with progress.task("what each tensor's errors do", len(names)) as advance:
-        for name in names:
-            held = probe.tensors()[name]
-            exact = held.detach().clone()
-            noise = _noise(exact)
-            with torch.no_grad():
-                held.copy_(exact + noise if exact.is_floating_point() else _within(exact, noise))
-                error = float((held.double() - exact.double()).square().sum())
-                after = _outputs(probe, inputs)
-                held.copy_(exact)
-            change = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
-            found[name] = change / power / error if error and power and math.isfinite(change) else 0.0
-            advance(1)
-    least = min((h for h in found.values() if h > 0), default=1.0)
-    return {n: h or least for n, h in found.items()}  # what was not felt at all is cut like what is felt least
+class _Judge:
+    """How much a network's outputs on some samples change, relative to their squares."""
 
+    def __init__(self, network: Network, data: Data) -> None:
+        self._probe = Network.from_state(*network.state())  # its tensors may be changed
+        self._inputs = network.bind(data.first(_SAMPLES if network.batch_is_dynamic else network.inputs[0].shape[0]))
+        self._exact = self._outputs(network)
+        self._power = sum(float(o.square().sum()) for o in self._exact)
 
-def _noise(exact: Tensor) -> Tensor:
-    """Errors as rounding makes them, the same in every run."""
-    size = exact.double().square().mean().sqrt() * _COARSE
-    if not exact.is_floating_point():
-        size = size.clamp(min=0.5)
-    return (torch.rand(exact.shape, generator=torch.Generator().manual_seed(0)) - 0.5) * float(2 * size)
+    def _outputs(self, network: Network) -> list[Tensor]:
+        return [o.double() for o in network.run(self._inputs) if o.is_floating_point()]
 
+    def _change(self, network: Network) -> float:
+        pairs = zip(self._outputs(network), self._exact, strict=True)
+        found = sum(float((a - b).square().sum()) for a, b in pairs) / (self._power or 1.0)
+        return found if math.isfinite(found) else math.inf
 
-def _within(exact: Tensor, noise: Tensor) -> Tensor:
-    info = torch.iinfo(exact.dtype)
-    return (exact + noise.round()).clamp(info.min, info.max).to(exact.dtype)
+    def change(self, topology: str, arrays: dict[str, Array]) -> float:
+        """That of the network with other values."""
+        return self._change(Network.from_state(topology, arrays))
 
-
-def _outputs(network: Network, inputs: Any) -> list[Tensor]:
-    return [o.double() for o in network.run(inputs) if o.is_floating_point()]
+    def harms(self, names: list[str], coarse: dict[str, Array], progress: Progress) -> dict[str, float]:
+        """What a squared error of 1 in one value of each tensor does where it is known as coarsely as in `coarse`."""
+        found = {}
+        with progress.task("what each tensor's errors do", len(names)) as advance:
+            for name in names:
+                held = self._probe.tensors()[name]
+                exact = held.detach().clone()
+                with torch.no_grad():
+                    held.copy_(torch.from_numpy(coarse[name].copy()))
+                    error = float((held.double() - exact.double()).square().sum())
+                    change = self._change(self._probe)
+                    held.copy_(exact)
+                found[name] = change / error if error and math.isfinite(change) else 0.0
+                advance(1)
+        least = min((h for h in found.values() if h > 0), default=1.0)
+        return {n: h or least for n, h in found.items()}  # what was not felt at all is cut like what is felt least
 
 
 def _measured(made: Layered, topology: str, data: Data, task: Task, progress: Progress) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from penjing.progress import SILENT, Progress
 
 Array = NDArray[Any]
 
-FIRST = 0.53  # of all bytes, about those of the first layer
+FIRST = 0.54  # of all bytes, about those of the first layer
 _LEAST = 1024  # elements of the smallest tensor that is worth cutting
 _LEAST_PART = 64 << 10  # raw bytes of a part of a further layer, where there are so many
 _MOST_PARTS = 8  # of a further layer, where they can be larger
