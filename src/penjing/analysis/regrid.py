@@ -117,11 +117,12 @@ def _source(
             for n, t in tensors.items()
             if n not in held or held[n].shape != t.shape or (n not in grids and held[n].dtype != t.dtype)
         ]
-        if not unlike:
+        extra = [n for n in held if n not in tensors]  # norms that are not folded yet: weights mean something else
+        if not unlike and not extra:
             return held, changed.state()[1]
-        missing = missing or unlike[0]
+        missing = missing or (unlike or extra)[0]
     raise InputError(
-        f"{network.name} is not the float form of {parent}: tensor '{missing}' is missing or of another shape",
+        f"{network.name} is not the float form of {parent}: tensor '{missing}' is in one alone, or of another shape",
         hint="train the very network further that was quantized; or diff the packages as they are",
     )
 
