@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from penjing.errors import PackageError
 from penjing.package import codecs, nested
-from penjing.package.ladders import Bins, Ladder, Planes, weights_of
+from penjing.package.ladders import Bins, Ladder, Planes
 from penjing.package.layout import Index, Part
 from penjing.package.models import Bytes
 from penjing.package.pieces import Piece, Spec, Tensor, spec
@@ -138,12 +138,10 @@ class Assembly:
             return np.asarray(bits).astype("<u4").view(tensor.dtype)
         values = held
         if (known < ladder.layers).any():
-            weights = [weights_of(model) for model in self._index.models]
-            table = np.empty((ladder.layers, max(1, len(weights)), 256), dtype=np.uint8)
+            table = np.empty((ladder.layers, max(1, len(self._index.models)), 256), dtype=np.uint8)
             table[-1] = np.arange(256)
             for layer in range(1, ladder.layers):
-                for k, own in enumerate(weights):
-                    table[layer - 1, k] = ladder.values(own, layer)
+                table[layer - 1] = ladder.table(self._index.models, layer)
             values = table[known - 1, self._used[number], held]
         return (values ^ 0x80).view(np.int8) if tensor.code == "b" else values
 

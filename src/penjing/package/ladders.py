@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -56,6 +56,10 @@ class Bins:
         """The weights of a layer's bins, of those of 256 values."""
         starts = np.flatnonzero(np.diff(self.tables[layer - 1].astype(np.int64), prepend=-1))
         return np.asarray(np.add.reduceat(weights, starts))
+
+    def table(self, models: Sequence[Model], layer: int) -> Bytes:
+        """The value that stands for each bin of a layer under each model, (models, 256)."""
+        return _table(self, tuple(models), layer)
 
     def values(self, weights: Weights, layer: int) -> Bytes:
         """The value that stands for each bin of a layer, in (256,): the one that has more than half of its weight, else
@@ -113,6 +117,11 @@ def weights_of(model: Model) -> Weights:
     spread = model.weights.repeat(width)
     out[model.start * width : model.start * width + len(spread)] = spread
     return out
+
+
+@lru_cache(maxsize=256)  # tensors by the thousand share few ladders
+def _table(bins: Bins, models: tuple[Model, ...], layer: int) -> Bytes:
+    return np.array([bins.values(weights_of(model), layer) for model in models], dtype=np.uint8).reshape(-1, 256)
 
 
 def pack(chosen: Sequence[Ladder | None]) -> dict[str, Any]:

@@ -240,13 +240,14 @@ class Layered:
 
     def _bits(self, chosen: Mapping[int, Bins], layer: int) -> float:
         """About the bits of the bins of some tensors."""
-        total = 0.0
+        joint: dict[Bins, NDArray[np.int64]] = {}
         for i, ladder in chosen.items():
-            for k, seen in enumerate(self._joint[i]):
-                if not seen.any():
-                    continue
-                expected = ladder.folded(weights_of(self._models[k]), layer).astype(np.float64)
+            joint[ladder] = joint[ladder] + self._joint[i] if ladder in joint else self._joint[i]
+        total = 0.0
+        for ladder, counts in joint.items():
+            for model, seen in zip(self._models, counts, strict=True):
                 bins = ladder.folded(seen, layer)
+                expected = ladder.folded(weights_of(model), layer).astype(np.float64)
                 some = bins > 0
                 total += float(bins[some] @ (np.log2(expected.sum()) - np.log2(expected[some])))
         return total
@@ -345,7 +346,7 @@ class Layered:
             with np.errstate(invalid="ignore"):
                 error = np.nan_to_num(near - exact.view("<f4"), nan=0.0, posinf=0.0, neginf=0.0)
         else:
-            table = np.array([ladder.values(weights_of(m), layer)[ladder.tables[layer - 1]] for m in self._models])
+            table = ladder.table(self._models, layer)[:, ladder.tables[layer - 1]]
             values = self._symbols[i][place]
             error = table[self._used[i][place], values].astype(np.float64) - values
         return self._harms[i] * float(error @ error)
