@@ -19,9 +19,11 @@ from penjing.compression import compress
 from penjing.data import Data
 from penjing.errors import BudgetError, InputError, OutputError, RecipeError
 from penjing.evaluation import Report, data_digest, describe, environment
+from penjing.evaluation.layering import layered
 from penjing.files import appearing_folder
 from penjing.methods import CodeWeights, SearchAmount
 from penjing.network import Network
+from penjing.package import refining
 from penjing.progress import SILENT, Progress
 from penjing.recipe import Recipe
 from penjing.report import render_html, render_markdown
@@ -164,6 +166,7 @@ def pack(
     layout: str = "file",
     rate: float | None = None,
     max_drop: float | None = None,
+    layers: int | None = None,
     data: Any = None,
     task: str | Task | None = None,
     seed: int = 0,
@@ -181,9 +184,12 @@ def pack(
         rate: as in ``CodeWeights``; ``data`` is looked at if it is given.
         max_drop: by how much ``task``'s metric may get worse on the half of the labelled samples in ``data`` that the
             grids were not fitted to, by a standard error: points where it lies between 0 and 100 %, else its own unit.
+        layers: coarse values of all tensors first, then what makes them exact, in so many steps (2 to 8): the network
+            runs once the first layer is there. With ``data``, errors go where the outputs feel them least, and with
+            ``task`` too, its metric after each layer is kept in the package.
 
     Raises:
-        InputError: another layout.
+        InputError: another layout; layers out of range, or of a network in which nothing can be cut.
         RecipeError: both knobs, or one out of range; the network is quantized already.
         DataError: ``max_drop`` without labelled samples.
         BudgetError: no grid keeps the metric.
@@ -205,6 +211,10 @@ def pack(
                 hint="allow more, or give more samples",
             )
         network = result.network
+    if layers is not None and layers != 1:
+        samples = None if data is None else Data(data)
+        coded = layered(network, layers, data=samples, task=get_task(task), progress=progress)
+        return package.save(coded, path, layout=layout)
     topology, arrays = network.state()
     coded = package.encode(topology, arrays, metadata={"name": network.name}, progress=progress)
     return package.save(coded, path, layout=layout)
@@ -225,17 +235,21 @@ def _within(drop: float, task: str | Task | None) -> SearchAmount:
     )
 
 
-def unpack(path: str | Path) -> Network:
+def unpack(path: str | Path, *, layers: int | None = None) -> Network:
     """The network in a package: a ``.penjing`` file or a directory.
 
+    Args:
+        path: of the package; with ``layers`` also the folder of a pull that is not done.
+        layers: only so many of its quality layers: the same graph, coarser values. Parts of others may be missing.
+
     Raises:
-        InputError: there is no such file.
-        PackageError: it is not a package, damaged, or too new.
+        InputError: there is no such file; layers below 1.
+        PackageError: it is not a package, damaged, or too new; a part is missing.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"there is no file {path}", hint="a package is what pack or deploy wrote")
-    topology, arrays, _ = package.read(path)
+    topology, arrays, _ = package.read(path) if layers is None else refining.read(path, layers=layers)
     return Network.from_state(topology, arrays)
 
 

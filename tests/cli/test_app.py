@@ -15,7 +15,7 @@ from penjing.errors import InputError
 
 VERBS = (
     "compress", "evaluate", "deploy", "sensitivity", "pack", "unpack", "inspect", "split", "join", "pull",
-    "keygen", "sign", "verify", "encrypt", "decrypt", "demo", "doctor",
+    "diff", "patch", "keygen", "sign", "verify", "encrypt", "decrypt", "demo", "doctor",
 )  # fmt: skip
 
 

@@ -73,6 +73,8 @@ def inspect(
         screen.line(str(contents))
         if contents.sealed_bytes:
             return _sealed(screen, found, provenance or groups or bom is not None)
+        if contents.delta is not None:
+            return _delta(screen, found, provenance or groups or bom is not None)
         screen.say()
     if path.is_dir() and not packed:
         found["report"] = _report(screen, path)
@@ -110,6 +112,16 @@ def _sealed(screen: Screen, found: dict[str, Any], more: bool) -> int:
     """Of a sealed package nothing else can be told."""
     if more:
         raise InputError(f"{found['what']} is sealed", hint="penjing decrypt opens it for its recipients")
+    screen.emit(found)
+    return 0
+
+
+def _delta(screen: Screen, found: dict[str, Any], more: bool) -> int:
+    """Nor of what changed in a network without that network."""
+    if more:
+        raise InputError(
+            f"{found['what']} holds only what changed in a network", hint="penjing patch gives the new one"
+        )
     screen.emit(found)
     return 0
 

@@ -93,5 +93,9 @@ Layout = Annotated[
         help="file, or directory: a manifest and one file a part, for any static web server.",
     ),
 ]
+Layers = Annotated[
+    int | None,
+    typer.Option("--layers", min=1, metavar="N", help="Only the first N quality layers, which are a network already."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Makes the run repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]

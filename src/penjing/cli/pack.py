@@ -35,6 +35,15 @@ def pack(
             help="The fewest bytes that keep the task's metric on --data within so much: points, or the metric's unit."
         ),
     ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            "--layers",
+            metavar="N",
+            help="Coarse values of all tensors first, then what makes them exact, in N steps: the network runs from "
+            "the first on. --data says where errors do least, with --task each layer is measured.",
+        ),
+    ] = None,
     data: options.OptionalData = None,
     task: options.Task = None,
     seed: options.Seed = 0,
@@ -45,9 +54,11 @@ def pack(
     fewer bytes for a little less.
 
     [bold]penjing pack bundle/ net.penjing[/]   [bold]penjing pack bundle/ --out net/ --layout directory[/]
+    [bold]penjing pack bundle/ net.penjing --layers 3[/]
     [bold]penjing pack model.py:net net.penjing --max-drop 0.5 --data samples.npz --task classification[/]
     """
     import penjing as pj
+    from penjing import package
     from penjing.data import load_data
     from penjing.evaluation import words
 
@@ -62,6 +73,7 @@ def pack(
             layout=layout,
             rate=rate,
             max_drop=max_drop,
+            layers=layers,
             data=samples,
             task=task,
             seed=seed,
@@ -69,7 +81,12 @@ def pack(
         )
     raw = sum(network.stored_bytes().values())
     screen.line(f"{path}: {words.size(size)} ({_beside(size, raw)} than the tensors themselves, {words.size(raw)})")
-    screen.emit({"schema": 1, "path": str(path), "bytes": size, "tensor_bytes": raw})
+    found = {"schema": 1, "path": str(path), "bytes": size, "tensor_bytes": raw}
+    if layers is not None:
+        ladder = package.inspect(path).ladder
+        screen.line("\n".join(map(str, ladder)))
+        found["ladder"] = [rung.to_dict() for rung in ladder]
+    screen.emit(found)
     return 0
 
 

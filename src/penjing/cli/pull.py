@@ -34,6 +34,7 @@ def pull(
             "--until-bytes", min=0, metavar="N", help="End with the parts in the first N bytes; the next pull goes on."
         ),
     ] = None,
+    layers: options.Layers = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=64, metavar="N", help="Requests at a time.")] = 4,
     layout: options.Layout = "file",
     json: options.Json = False,
@@ -52,13 +53,16 @@ def pull(
     else:
         path = output_file(text, suffixes=(".penjing",))
     screen.kept = f"what has come is kept in {path}.pull, the same command goes on there"
-    done = transfer.pull(urls, path, until_bytes=until_bytes, jobs=jobs, layout=layout, progress=screen)
+    done = transfer.pull(urls, path, until_bytes=until_bytes, layers=layers, jobs=jobs, layout=layout, progress=screen)
     came = f"{done.fetched_bytes:,} came now"
     if done.complete:
         screen.line(f"{done.path}: {done.bytes:,} bytes, {came}")
     else:
         screen.line(f"{done.path}: {done.here_bytes:,} of {done.bytes:,} bytes, {came}")
-        screen.note(f"{len(done.missing)} parts are to come: the same command without --until-bytes goes on")
+        early = "--until-bytes" if layers is None else "--layers"
+        screen.note(f"{len(done.missing)} parts are to come: the same command without {early} goes on")
+        if layers is not None:
+            screen.note(f"the network runs already: penjing unpack {done.path} NET.safetensors --layers {layers}")
     screen.emit(
         {
             "schema": 1,

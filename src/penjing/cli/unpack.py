@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from penjing.cli.models import load_network
-from penjing.cli.options import Json
+from penjing.cli.options import Json, Layers
 from penjing.cli.outputs import output_file
 from penjing.cli.screen import Screen
 from penjing.errors import InputError
@@ -18,12 +18,15 @@ def unpack(
     context: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE", help="The package, ending in .penjing, or its folder.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The file to write, ending in .safetensors.")],
+    layers: Layers = None,
     json: Json = False,
 ) -> int:
     """Unpacks FILE into a .safetensors file: its tensors open anywhere, its graph with Network.load.
 
     [bold]penjing unpack net.penjing net.safetensors[/]
+    [bold]penjing unpack net.penjing.pull net.safetensors --layers 1[/]
     """
+    import penjing as pj
     from penjing.evaluation import words
     from penjing.package.directory import is_package
 
@@ -31,7 +34,7 @@ def unpack(
     if not file.endswith(".penjing") and not is_package(Path(file).expanduser()):
         raise InputError(f"{file} is not a package", hint="a package ends in .penjing; penjing pack writes one")
     path = output_file(out, suffixes=(".safetensors",))
-    network = load_network(file)
+    network = load_network(file) if layers is None else pj.unpack(file, layers=layers)
     network.save(path)
     size = path.stat().st_size
     screen.line(f"{path}: {words.size(size)}, {len(network.tensors())} tensors")

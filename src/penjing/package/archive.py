@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from penjing.errors import InputError, PackageError
 from penjing.package import codecs, directory, grids, layout
+from penjing.package.assembly import Assembly
 from penjing.package.layout import HEADER_SIZE, Header, Index, Part
 from penjing.package.manifest import tensors_in
 from penjing.package.pieces import CODES, Tensor, divide, spec
 from penjing.progress import SILENT, Progress
 
 Array = NDArray[Any]
+
+LADDER = "ladder"  # the key of metadata that says how good the layers of a package were found to be
 
 _CODE_OF = {np.dtype(code).str[1:]: code for code in reversed(CODES)}
 
@@ -29,77 +32,87 @@ def encode(
     arrays: Mapping[str, Array],
     *,
     metadata: Mapping[str, Any] | None = None,
+    delta: Mapping[str, Any] | None = None,
+    parent: str = "",
     progress: Progress = SILENT,
 ) -> bytes:
     """The bytes of a package.
 
     topology: any text. arrays: numpy arrays of bool, integers or floats (bfloat16 as its uint16 bits), of any shape;
     8-bit integers are coded as grids, everything else losslessly too. metadata: plain JSON values.
+    delta: what delta.py says of itself where the arrays are changes; parent: the topology that this one may point into.
     The same input gives the same bytes (of the same zstandard release). Raises InputError for other values.
     """
-    tensors = tuple(_tensor(name, array) for name, array in arrays.items())
-    text = _utf8(topology)
-    flat = [_flat(array) for array in arrays.values()]
+    tensors = tuple(described(name, array) for name, array in arrays.items())
+    text = utf8(topology)
+    values = [flat(array) for array in arrays.values()]
     bundles = divide(tensors)
     on_grid = [p for pieces in bundles for p in pieces if tensors[p.tensor].is_grid]
     with progress.task("coding tensors", len(bundles)) as advance:
         models, assigned = grids.plan(
             [
-                grids.Grid(values=grids.symbols(flat[p.tensor][p.start : p.stop]), unit=tensors[p.tensor].unit)
+                grids.Grid(values=grids.symbols(values[p.tensor][p.start : p.stop]), unit=tensors[p.tensor].unit)
                 for p in on_grid
             ]
         )
         by_piece = dict(zip(on_grid, assigned, strict=True))
         parts, payloads = [], []
         for pieces in bundles:
-            chosen = [flat[p.tensor][p.start : p.stop] for p in pieces]
+            chosen = [values[p.tensor][p.start : p.stop] for p in pieces]
             known = [by_piece[p] for p in pieces] if pieces[0] in by_piece else None
             codec, payload = codecs.encode(chosen, [spec(tensors, p) for p in pieces], known, models)
             parts.append(Part(codec=codec, stored=len(payload), digest=_sha256(payload), pieces=pieces))
             payloads.append(payload)
             advance(1)
-    _keep_honest(parts, payloads, flat, sum(t.nbytes for t in tensors) + len(text))
+    _keep_honest(parts, payloads, values, sum(t.nbytes for t in tensors) + len(text))
     if not any(part.codec == codecs.GRID for part in parts):
         models = ()
-    codec, frame = codecs.encode_text(text)
+    codec, frame = codecs.encode_text(text, utf8(parent))
     index = Index(
         tensors=tensors,
         topology=Part(codec=codec, stored=len(frame), digest=_sha256(frame), pieces=()),
         topology_raw=len(text),
         parts=tuple(parts),
         models=models,
-        metadata=_plain(metadata),
+        metadata=plain(metadata),
+        delta=None if delta is None else plain(delta),
     )
     return b"".join([layout.pack(index), frame, *payloads])
 
 
-def _keep_honest(parts: list[Part], payloads: list[bytes], flat: list[Array], raw: int) -> None:
+def _keep_honest(parts: list[Part], payloads: list[bytes], values: list[Array], raw: int) -> None:
     """Stores some parts as they are where a network is so empty that readers would take it for a memory bomb."""
     for i, part in enumerate(parts):
         if raw <= layout.raw_limit(sum(map(len, payloads))):
             return
-        payloads[i] = b"".join(flat[p.tensor][p.start : p.stop].tobytes() for p in part.pieces)
+        payloads[i] = b"".join(values[p.tensor][p.start : p.stop].tobytes() for p in part.pieces)
         parts[i] = Part(codec=codecs.STORED, stored=len(payloads[i]), digest=_sha256(payloads[i]), pieces=part.pieces)
 
 
-def decode(data: bytes | memoryview, *, progress: Progress = SILENT) -> tuple[str, dict[str, Array], dict[str, Any]]:
-    """Topology, arrays (in the order they were given) and metadata; bit-exact. Raises PackageError."""
+def decode(
+    data: bytes | memoryview, *, layers: int | None = None, progress: Progress = SILENT
+) -> tuple[str, dict[str, Array], dict[str, Any]]:
+    """Topology, arrays (in the order they were given) and metadata; bit-exact, unless only the first `layers` of a
+    layered package are wanted. Raises PackageError, also for sealed packages and deltas."""
     header, index, payloads = _open(memoryview(data))
+    refuse_other_kinds(header)
+    wanted = [n for n, part in enumerate(index.parts) if layers is None or part.layer <= layers]
+    assembly = Assembly(index)
+    with progress.task("decoding tensors", len(wanted)) as advance:
+        for number in wanted:
+            assembly.take(number, payloads[1 + number])
+            advance(1)
+    return topology_text(index, payloads[0]), assembly.arrays(), index.metadata
+
+
+def refuse_other_kinds(header: Header) -> None:
+    """Raises PackageError for packages that hold no network by themselves."""
     if header.required & layout.SEALED:
         raise PackageError("the package is sealed", hint="penjing decrypt opens it for its recipients")
-    arrays = [np.empty(t.size, dtype=t.dtype) for t in index.tensors]
-    with progress.task("decoding tensors", len(index.parts)) as advance:
-        for part, payload in zip(index.parts, payloads[1:], strict=True):
-            specs = [spec(index.tensors, p) for p in part.pieces]
-            decoded = codecs.decode(part.codec, payload, specs, index.models)
-            for piece, values in zip(part.pieces, decoded, strict=True):
-                arrays[piece.tensor][piece.start : piece.stop] = values
-            advance(1)
-    out = {
-        t.name: a.reshape(t.shape).astype(t.dtype.newbyteorder("="), copy=False)
-        for t, a in zip(index.tensors, arrays, strict=True)
-    }
-    return _topology(index, payloads[0]), out, index.metadata
+    if header.required & layout.DELTA:
+        raise PackageError(
+            "the package holds only what changed in a network", hint="penjing patch OLD DELTA NEW gives the new one"
+        )
 
 
 def write(
@@ -171,8 +184,9 @@ def _payloads(index: Index, rest: memoryview) -> Iterator[memoryview]:
         yield payload
 
 
-def _topology(index: Index, payload: memoryview) -> str:
-    raw = codecs.decode_text(index.topology.codec, payload, index.topology_raw)
+def topology_text(index: Index, payload: memoryview, parent: str = "") -> str:
+    """The topology; `parent`: the text that one coded against another points into. Raises PackageError."""
+    raw = codecs.decode_text(index.topology.codec, payload, index.topology_raw, parent.encode())
     try:
         if len(raw) != index.topology_raw:
             raise PackageError("the topology has another length than declared", hint="get the package again")
@@ -181,10 +195,11 @@ def _topology(index: Index, payload: memoryview) -> str:
         raise PackageError("the topology is no text", hint="the package was made by a faulty writer") from error
 
 
-def _tensor(name: str, array: Array) -> Tensor:
+def described(name: str, array: Array) -> Tensor:
+    """What the index says of an array; raises InputError where a package cannot hold it."""
     if not isinstance(name, str):
         raise InputError(f"a tensor's name must be a text, got {name!r}")
-    _utf8(name)
+    utf8(name)
     code = _CODE_OF.get(array.dtype.str[1:]) if isinstance(array, np.ndarray | np.generic) else None
     if code is None:
         kind = getattr(array, "dtype", type(array).__name__)
@@ -197,11 +212,13 @@ def _tensor(name: str, array: Array) -> Tensor:
     return Tensor(name=name, code=code, shape=tuple(int(d) for d in array.shape))
 
 
-def _flat(array: Array) -> Array:
+def flat(array: Array) -> Array:
+    """An array's elements in C order, little-endian."""
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1)
 
 
-def _utf8(text: str) -> bytes:
+def utf8(text: str) -> bytes:
+    """A text's bytes; raises InputError where it has none."""
     if not isinstance(text, str):
         raise InputError(f"the topology must be a text, got {type(text).__name__}")
     try:
@@ -210,7 +227,8 @@ def _utf8(text: str) -> bytes:
         raise InputError("a text of the package is no valid Unicode") from error
 
 
-def _plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Metadata as JSON holds them; raises InputError for other values."""
     try:
         text = json.dumps(dict(metadata or {}), allow_nan=False, ensure_ascii=False)
         text.encode()

@@ -1,7 +1,8 @@
 """The codecs of parts, by number. A new coder takes the next number; older readers refuse a number they do not know.
 
 0 stored: the pieces' little-endian bytes. 1 zstd: one frame of the same. 2 grids: grids.py. 3 planes: planes.py.
-4 sparse: sparse.py. 5 phrases: zstd that may point into phrases.txt; of texts, the topology.
+4 sparse: sparse.py. 5 phrases: zstd that may point into phrases.txt; of texts, the topology. 6 nested: nested.py, of
+layered packages. 7 parent: zstd that may point into another text; of the topology of deltas.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ from penjing.package import grids, planes, sparse, zstd
 from penjing.package.models import Model
 from penjing.package.pieces import GRIDS, Spec
 
-STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES = range(6)
-NAMES = ("stored", "zstd", "grids", "planes", "sparse", "phrases")
+STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES, NESTED, PARENT = range(8)
+NAMES = ("stored", "zstd", "grids", "planes", "sparse", "phrases", "nested", "parent")
 
 Array = NDArray[np.generic]
 
 
-def encode_text(text: bytes) -> tuple[int, bytes]:
-    """The codec that makes a text smallest, and its bytes."""
+def encode_text(text: bytes, parent: bytes = b"") -> tuple[int, bytes]:
+    """The codec that makes a text smallest, and its bytes; with the text of a `parent` to point into."""
     forms = [(STORED, text), (ZSTD, zstd.compress(text)), (PHRASES, zstd.compress(text, phrases=True))]
+    if parent:
+        forms.append((PARENT, zstd.compress(text, known=parent)))
     return min(((codec, data) for codec, data in forms if data is not None), key=lambda form: len(form[1]))
 
 
-def decode_text(codec: int, payload: memoryview, size: int) -> bytes:
+def decode_text(codec: int, payload: memoryview, size: int, parent: bytes = b"") -> bytes:
     """The `size` bytes of a text; raises PackageError for bytes that no writer makes."""
-    return bytes(payload) if codec == STORED else zstd.decompress(payload, size, phrases=codec == PHRASES)
+    if codec == STORED:
+        return bytes(payload)
+    return zstd.decompress(payload, size, phrases=codec == PHRASES, known=parent if codec == PARENT else b"")
 
 
 def encode(
@@ -64,6 +69,10 @@ def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[
             out.append((values ^ 0x80).view(np.int8) if spec.code == "b" else values)
     elif codec == PLANES:
         out = planes.decode(payload, specs)
+    elif codec in (NESTED, PARENT):
+        raise PackageError(
+            f"a part uses the codec {NAMES[codec]} where it cannot be", hint="the package was made by a faulty writer"
+        )
     else:
         raw: bytes | memoryview = payload
         size = sum(s.nbytes for s in specs)

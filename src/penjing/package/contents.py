@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from penjing.package import codecs
-from penjing.package.archive import load, open_bytes
-from penjing.package.layout import HEADER_SIZE, SEALED
+from penjing.package.archive import LADDER, load, open_bytes
+from penjing.package.delta import changes
+from penjing.package.layout import DELTA, HEADER_SIZE, SEALED, Index
 from penjing.package.pieces import spec
 
 
@@ -33,10 +34,43 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A quality layer: `bytes` of the package up to its end, and how good the network is then.
+
+    `value` is of what `name` says, in `unit`: a metric on `samples` samples that was measured at packing, or the
+    weights' SQNR; None: exact, or not known (no name).
+    """
+
+    layer: int
+    bytes: int
+    share: float
+    name: str = ""
+    unit: str = ""
+    value: float | None = None
+    samples: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        text = f"layer {self.layer}: {self.bytes:,} bytes ({self.share:.1%})"
+        if self.name == "SQNR":
+            return (
+                f"{text}, weights exact" if self.value is None else f"{text}, weights at {self.value:.1f} {self.unit}"
+            )
+        if not self.name or self.value is None:
+            return text
+        shown = f"{self.value:.2%}" if self.unit == "%" else f"{self.value:.4g} {self.unit}".rstrip()
+        return f"{text}, {self.name} {shown}" + (f" on {self.samples:,} samples" if self.samples else "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Contents:
     """A package's inventory. `index_bytes` + `topology_coded_bytes` + the rows' coded bytes are `file_bytes`.
 
-    Of a sealed package only the sizes can be told: everything behind the index is `sealed_bytes`.
+    Of a sealed package only the sizes can be told: everything behind the index is `sealed_bytes`. `ladder` has the
+    quality layers, where there are several. `delta` has what a delta says of parent and child; its rows are changes.
     """
 
     format_version: int
@@ -51,6 +85,8 @@ class Contents:
     topology_coded_bytes: int
     file_bytes: int
     sealed_bytes: int = 0
+    ladder: tuple[Rung, ...] = ()
+    delta: dict[str, str] | None = None
 
     @property
     def raw_bytes(self) -> int:
@@ -95,11 +131,14 @@ class Contents:
             for line in (head, *rows)
         ]
         table.insert(1, "  ".join("-" * width for width in widths))
+        kind = "package" if self.delta is None else "delta"
         title = (
-            f"penjing package, format {self.format_version}: {len(self.tensors)} tensors in {self.parts} parts, "
+            f"penjing {kind}, format {self.format_version}: {len(self.tensors)} tensors in {self.parts} parts, "
             f"{self.models} symbol models"
         )
-        notes = [f"{key}: {value}" for key, value in self.metadata.items()]
+        notes = [f"{key}: {value}" for key, value in self.metadata.items() if not (self.ladder and key == LADDER)]
+        notes += [f"{key}: {value}" for key, value in (self.delta or {}).items()]
+        notes += map(str, self.ladder)
         return "\n".join([title, *notes, "", *table])
 
 
@@ -126,11 +165,15 @@ def describe(data: bytes) -> Contents:
             file_bytes=len(data),
             sealed_bytes=index.stored,
         )
+    told = changes(index) if header.required & DELTA else None
     coded = [0] * len(index.tensors)
     codec = [set[str]() for _ in index.tensors]
     for part, payload in zip(index.parts, payloads[1:], strict=True):
         specs = [spec(index.tensors, p) for p in part.pieces]
-        weights = codecs.shares(part.codec, payload, specs, index.models)
+        if index.ladders:  # layers cut through what else would tell
+            weights = [float(s.nbytes) for s in specs]
+        else:
+            weights = codecs.shares(part.codec, payload, specs, index.models)
         for piece, share in zip(part.pieces, _divided(part.stored, weights), strict=True):
             coded[piece.tensor] += share
             codec[piece.tensor].add(codecs.NAMES[part.codec])
@@ -156,7 +199,36 @@ def describe(data: bytes) -> Contents:
         topology_raw_bytes=index.topology_raw,
         topology_coded_bytes=index.topology.stored,
         file_bytes=len(data),
+        ladder=_ladder(index, HEADER_SIZE + header.index_size + index.topology.stored, len(data)),
+        delta=None if told is None else {"parent": told.parent, "child": told.child},
     )
+
+
+def _ladder(index: Index, front: int, total: int) -> tuple[Rung, ...]:
+    """The quality layers; what the metadata say of them, if that makes sense."""
+    if index.layers == 1:
+        return ()
+    told = index.metadata.get(LADDER)
+    told = told if isinstance(told, dict) else {}
+    name, unit, count, values = told.get("name"), told.get("unit"), told.get("n"), told.get("values")
+    sound = (
+        isinstance(name, str)
+        and isinstance(unit, str)
+        and (name + unit).isprintable()
+        and isinstance(values, list)
+        and len(values) == index.layers
+        and all(v is None or (isinstance(v, int | float) and abs(v) < 1e300) for v in values)
+    )
+    rungs, end = [], front
+    for layer in range(1, index.layers + 1):
+        end += sum(part.stored for part in index.parts if part.layer == layer)
+        rung = Rung(layer=layer, bytes=end, share=end / total)
+        if sound:
+            samples = count if type(count) is int else None
+            value = told["values"][layer - 1]
+            rung = dataclasses.replace(rung, name=str(name), unit=str(unit), value=value, samples=samples)
+        rungs.append(rung)
+    return tuple(rungs)
 
 
 def _divided(total: int, weights: list[float]) -> list[int]:

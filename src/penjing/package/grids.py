@@ -117,20 +117,23 @@ def encode(grids: Sequence[Grid], assigned: Sequence[Assignment], models: Sequen
     for k in range(len(models) - 1, -1, -1):
         model = models[k]
         model.push(encoder, (streams[k] >> model.low_bits) - np.uint8(model.start))
-    kinds, weights = (
-        bytes(int(a.models[0]) if a.single and len(a.models) else 0 if a.single else _BY_UNIT for a in assigned),
-        b"",
-    )
-    named = [a.models for a in assigned if not a.single]
-    if named:
-        names = np.concatenate(named)
-        counts = np.bincount(names, minlength=len(models))
-        table = np.where(counts > 0, np.maximum(1, counts * 255 // counts.max()), 0)
-        encoder.push(names, table)
-        weights = bytes(table.tolist())
+    units = push_units(encoder, assigned, len(models))
     words = encoder.words()
     low = b"".join(pack_low(stream, m.low_bits) for stream, m in zip(streams, models, strict=True))
-    return struct.pack("<I", len(words) // 4) + words + kinds + weights + low
+    return struct.pack("<I", len(words) // 4) + words + units + low
+
+
+def push_units(encoder: Encoder, assigned: Sequence[Assignment], number: int) -> bytes:
+    """Adds the models of units, of `number`, where a piece has several; returns the bytes that stand for pieces."""
+    kinds = bytes(int(a.models[0]) if a.single and len(a.models) else 0 if a.single else _BY_UNIT for a in assigned)
+    named = [a.models for a in assigned if not a.single]
+    if not named:
+        return kinds
+    names = np.concatenate(named)
+    counts = np.bincount(names, minlength=number)
+    table = np.where(counts > 0, np.maximum(1, counts * 255 // counts.max()), 0)
+    encoder.push(names, table)
+    return kinds + bytes(table.tolist())
 
 
 def _rows(names: NDArray[np.uint8]) -> list[tuple[int, NDArray[np.intp] | None]]:
@@ -159,13 +162,15 @@ def _gather(grids: Sequence[Grid], assigned: Sequence[Assignment], number: int) 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Opened:
+class Opened:
+    """The models of each piece's units, what pops the symbols, and the bytes behind."""
+
     assigned: list[NDArray[np.uint8]]
     decoder: Decoder
-    low: memoryview
+    rest: memoryview
 
 
-def _open(payload: memoryview, shapes: Sequence[tuple[int, int]], models: Sequence[Model]) -> _Opened:
+def open_units(payload: memoryview, shapes: Sequence[tuple[int, int]], models: Sequence[Model]) -> Opened:
     """Reads what precedes the symbols; `shapes` are (symbols, unit) of each piece."""
     if len(payload) < 4:
         raise _damaged()
@@ -194,14 +199,14 @@ def _open(payload: memoryview, shapes: Sequence[tuple[int, int]], models: Sequen
             raise _damaged()
     if not models and any(units):
         raise _damaged()
-    return _Opened(assigned=assigned, decoder=decoder, low=rest)
+    return Opened(assigned=assigned, decoder=decoder, rest=rest)
 
 
 def decode(payload: memoryview, shapes: Sequence[tuple[int, int]], models: Sequence[Model]) -> list[Bytes]:
     """Symbols of each piece; raises PackageError for bytes that no writer makes."""
-    opened = _open(payload, shapes, models)
+    opened = open_units(payload, shapes, models)
     out = [np.empty(size, dtype=np.uint8) for size, _ in shapes]
-    low = opened.low
+    low = opened.rest
     targets: list[list[tuple[Bytes, NDArray[np.intp] | None]]] = [[] for _ in models]
     for values, (_, unit), names in zip(out, shapes, opened.assigned, strict=True):
         for span, block in _blocks(values, unit):
@@ -241,7 +246,7 @@ def shares(payload: memoryview, shapes: Sequence[tuple[int, int]], models: Seque
     """About how many bits of the part each piece takes, from its units' models; no symbol is decoded."""
     bits = [m.entropy() for m in models]
     out = []
-    for (size, unit), names in zip(shapes, _open(payload, shapes, models).assigned, strict=True):
+    for (size, unit), names in zip(shapes, open_units(payload, shapes, models).assigned, strict=True):
         sizes = np.full(len(names), unit)
         if len(sizes) and size % unit:
             sizes[-1] = size % unit

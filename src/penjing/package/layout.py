@@ -10,15 +10,19 @@ import struct
 from typing import Any, NoReturn
 
 from penjing.errors import InputError, PackageError
-from penjing.package import zstd
-from penjing.package.codecs import NAMES, PHRASES, STORED, ZSTD
+from penjing.package import ladders, zstd
+from penjing.package.claims import bad_index, field, naturals
+from penjing.package.codecs import NAMES, NESTED, PARENT, PHRASES, STORED, ZSTD
+from penjing.package.ladders import Ladder
 from penjing.package.models import Model, pack_models, unpack_models
 from penjing.package.pieces import CODES, MAX_PART, Piece, Tensor, in_part_order
 
 MAGIC = b"\x89PJG\r\n\x1a\n"
 VERSION = 1
+LAYERED = 1 << 0  # required feature: parts hold layers of tensors (package/ladders.py)
+DELTA = 1 << 1  # required feature: tensors are differences from those of another package (package/delta.py)
 SEALED = 1 << 2  # required feature: the parts are encrypted (package/sealing.py)
-KNOWN_REQUIRED = SEALED  # bits of required features that this reader has
+KNOWN_REQUIRED = LAYERED | DELTA | SEALED  # bits of required features that this reader has
 _HEADER = struct.Struct("<8sBHHIII")
 HEADER_SIZE = _HEADER.size + 32
 
@@ -31,12 +35,14 @@ _RATIO = 1000  # and how many times its own size a larger one may
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A content-addressed run of bytes: codec, size in the file, SHA-256, and the pieces of tensors that it holds."""
+    """A content-addressed run of bytes: codec, size in the file, SHA-256, the pieces of tensors that it holds, and of
+    which layer."""
 
     codec: int
     stored: int
     digest: bytes
     pieces: tuple[Piece, ...]
+    layer: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,10 @@ class Header:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Index:
-    """All that is known before the first part is read. The topology is the first part; `pieces` of it is empty."""
+    """All that is known before the first part is read. The topology is the first part; `pieces` of it is empty.
+
+    ladders: of a layered package, that of each tensor. delta: of a delta, what it says of its parent.
+    """
 
     tensors: tuple[Tensor, ...]
     topology: Part
@@ -62,6 +71,13 @@ class Index:
     parts: tuple[Part, ...]
     models: tuple[Model, ...]
     metadata: dict[str, Any]
+    ladders: tuple[Ladder | None, ...] = ()
+    delta: dict[str, Any] | None = None
+
+    @property
+    def layers(self) -> int:
+        """Number of quality layers."""
+        return max((p.layer for p in self.parts), default=1)
 
     @property
     def stored(self) -> int:
@@ -86,8 +102,14 @@ def pack(index: Index, *, required: int = 0, optional: int = 0) -> bytes:
         "types": "".join(t.code for t in index.tensors),
         "shapes": [list(t.shape) for t in index.tensors],
         "topology": [index.topology.codec, index.topology.stored, index.topology_raw],
-        "parts": [_pack_part(part, index.tensors) for part in index.parts],
+        "parts": _pack_parts(index),
     }
+    if index.ladders:
+        required |= LAYERED
+        front |= ladders.pack(index.ladders)
+    if index.delta is not None:
+        required |= DELTA
+        front["delta"] = index.delta
     if index.metadata:
         front["metadata"] = index.metadata
     text = json.dumps(front, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
@@ -98,6 +120,21 @@ def pack(index: Index, *, required: int = 0, optional: int = 0) -> bytes:
         raise InputError("the tensors' names and the metadata are too large for a package")
     head = _HEADER.pack(MAGIC, VERSION, required, optional, len(body), len(coded), len(text))
     return head + hashlib.sha256(head + body).digest() + body
+
+
+def _pack_parts(index: Index) -> list[list[int]]:
+    places: dict[int, dict[int, int]] = {}
+    rows = []
+    for part in index.parts:
+        if part.layer == 1:
+            rows.append(_pack_part(part, index.tensors))
+            continue
+        if part.layer not in places:
+            members = ladders.has_layer(index.tensors, index.ladders, part.layer)
+            places[part.layer] = {number: place for place, number in enumerate(members)}
+        row = ladders.pack_row(part.layer, part.pieces, index.tensors, places[part.layer])
+        rows.append([part.codec, part.stored, *row])
+    return rows
 
 
 def _pack_part(part: Part, tensors: tuple[Tensor, ...]) -> list[int]:
@@ -121,7 +158,7 @@ def parse_header(data: bytes | memoryview) -> Header:
         raise cut_short(len(data), HEADER_SIZE)
     _, version, required, optional, index_size, json_stored, json_raw = _HEADER.unpack_from(data)
     if version == 0:
-        _bad_index("it has format version 0")
+        bad_index("it has format version 0")
     unknown = required & ~KNOWN_REQUIRED
     if unknown:
         bits = ", ".join(str(i) for i in range(16) if unknown >> i & 1)
@@ -129,7 +166,7 @@ def parse_header(data: bytes | memoryview) -> Header:
             f"the package needs feature {bits} that this penjing does not have", hint="update penjing to read it"
         )
     if index_size > _MAX_INDEX or json_stored > index_size or json_raw > _json_limit(json_stored):
-        _bad_index("it declares an absurd size for its index")
+        bad_index("it declares an absurd size for its index")
     return Header(
         version=version,
         required=required,
@@ -155,18 +192,22 @@ def parse_index(head: bytes | memoryview, body: bytes | memoryview, size: int | 
         raise PackageError("the package's index does not match its SHA-256", hint="it is damaged: get it again")
     front = _load_json(zstd.decompress(body[: header.json_stored], header.json_raw))
     tensors = _tensors(front)
-    parts = _field(front, "parts", list)
+    parts = field(front, "parts", list)
     digests = bytes(body[header.json_stored : header.json_stored + 32 * (len(parts) + 1)])
     if len(digests) != 32 * (len(parts) + 1):
-        _bad_index("it has fewer digests than parts")
-    topology, topology_raw = _topology(front, digests[:32])
+        bad_index("it has fewer digests than parts")
+    is_delta = bool(header.required & DELTA)
+    topology, topology_raw = _topology(front, digests[:32], is_delta)
+    steps = ladders.parse(front, tensors) if header.required & LAYERED else ()
     index = Index(
         tensors=tensors,
         topology=topology,
         topology_raw=topology_raw,
-        parts=_parts(parts, tensors, digests),
+        parts=_parts(parts, tensors, steps, digests),
         models=unpack_models(body[header.json_stored + len(digests) :]),
-        metadata=_field(front, "metadata", dict) if "metadata" in front else {},
+        metadata=field(front, "metadata", dict) if "metadata" in front else {},
+        ladders=steps,
+        delta=field(front, "delta", dict) if is_delta else None,
     )
     total = front_size + index.stored
     size = total if size is None else size
@@ -177,7 +218,7 @@ def parse_index(head: bytes | memoryview, body: bytes | memoryview, size: int | 
             f"{size - total} bytes follow the end of the package", hint="something was appended to it: get it again"
         )
     if index.raw > raw_limit(size):
-        _bad_index(f"it claims to hold {index.raw} bytes in a file of {size}")
+        bad_index(f"it claims to hold {index.raw} bytes in a file of {size}")
     return index
 
 
@@ -189,9 +230,9 @@ def _load_json(text: bytes) -> dict[str, Any]:
     try:
         front = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        _bad_index("it is no JSON text")
+        bad_index("it is no JSON text")
     if not isinstance(front, dict):
-        _bad_index("it is no JSON object")
+        bad_index("it is no JSON object")
     return front
 
 
@@ -199,32 +240,19 @@ def _no_constant(word: str) -> NoReturn:
     raise ValueError(word)
 
 
-def _field(front: dict[str, Any], key: str, kind: type) -> Any:
-    value = front.get(key)
-    if not isinstance(value, kind):
-        _bad_index(f"'{key}' is missing or of the wrong kind")
-    return value
-
-
-def _naturals(values: Any, what: str) -> list[int]:
-    if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
-        _bad_index(f"{what} is no list of numbers")
-    return values
-
-
 def _tensors(front: dict[str, Any]) -> tuple[Tensor, ...]:
-    names, types, shapes = _field(front, "names", list), _field(front, "types", str), _field(front, "shapes", list)
+    names, types, shapes = field(front, "names", list), field(front, "types", str), field(front, "shapes", list)
     if not len(names) == len(types) == len(shapes) <= _MAX_TENSORS:
-        _bad_index("it has not one name, type and shape for each tensor")
+        bad_index("it has not one name, type and shape for each tensor")
     if any(not isinstance(n, str) for n in names) or len(set(names)) != len(names):
-        _bad_index("two tensors share a name")
+        bad_index("two tensors share a name")
     if any(t not in CODES for t in types):
-        _bad_index("a tensor has an unknown element type")
+        bad_index("a tensor has an unknown element type")
     out = []
     for name, code, shape in zip(names, types, shapes, strict=True):
-        dims = _naturals(shape, "a shape")
+        dims = naturals(shape, "a shape")
         if not fits(dims):
-            _bad_index(f"tensor '{name}' has an absurd shape")
+            bad_index(f"tensor '{name}' has an absurd shape")
         out.append(Tensor(name=name, code=code, shape=tuple(dims)))
     return tuple(out)
 
@@ -234,48 +262,68 @@ def fits(shape: list[int]) -> bool:
     return len(shape) <= _MAX_DIMS and max(shape, default=0) < 1 << 48 and math.prod(d for d in shape if d) < 1 << 56
 
 
-def _topology(front: dict[str, Any], digest: bytes) -> tuple[Part, int]:
-    values = _naturals(_field(front, "topology", list), "'topology'")
-    if len(values) != 3 or values[0] not in (STORED, ZSTD, PHRASES):
-        _bad_index("'topology' is not understood")
+def _topology(front: dict[str, Any], digest: bytes, is_delta: bool) -> tuple[Part, int]:
+    values = naturals(field(front, "topology", list), "'topology'")
+    known = (STORED, ZSTD, PHRASES, PARENT) if is_delta else (STORED, ZSTD, PHRASES)
+    if len(values) != 3 or values[0] not in known:
+        bad_index("'topology' is not understood")
     codec, stored, raw = values
     return Part(codec=codec, stored=stored, digest=digest, pieces=()), raw
 
 
-def _parts(rows: list[Any], tensors: tuple[Tensor, ...], digests: bytes) -> tuple[Part, ...]:
-    """The parts, each tensor covered exactly once: no gap, no overlap, nothing left out."""
-    order = in_part_order(tensors)
-    out: list[Part] = []
-    at = done = 0  # position in `order`; elements of that tensor which earlier parts hold
+def _parts(
+    rows: list[Any], tensors: tuple[Tensor, ...], steps: tuple[Ladder | None, ...], digests: bytes
+) -> tuple[Part, ...]:
+    """The parts, each tensor covered exactly once in every layer: no gap, no overlap, nothing left out."""
+    checked = []
     for number, row in enumerate(rows):
-        values = _naturals(row, f"part {number}")
-        if len(values) not in (3, 4):
-            _bad_index(f"part {number} is not understood")
+        values = naturals(row, f"part {number}")
+        if len(values) not in (3, 4, *((5, 6) if steps else ())):
+            bad_index(f"part {number} is not understood")
         if values[0] >= len(NAMES):
             raise PackageError(
                 f"part {number} uses codec {values[0]}, which this penjing does not have",
                 hint="update penjing to read it",
             )
+        if values[0] == PARENT or (values[0] == NESTED and not steps):
+            bad_index(f"part {number} uses the codec {NAMES[values[0]]} where it cannot be")
+        checked.append(values)
+    first = next((n for n, values in enumerate(checked) if len(values) > 4), len(checked))
+    if any(len(values) < 5 for values in checked[first:]):
+        bad_index("a part of the first layer stands behind others")
+    held = [(1, pieces) for pieces in _first_layer(checked[:first], tensors)]
+    if steps:
+        held += ladders.parse_rows([values[2:] for values in checked[first:]], tensors, steps)
+    out = []
+    for number, (values, (layer, pieces)) in enumerate(zip(checked, held, strict=True)):
+        if sum((p.stop - p.start) * tensors[p.tensor].dtype.itemsize for p in pieces) > MAX_PART:
+            bad_index(f"part {number} holds more than {MAX_PART} bytes")
+        digest = digests[32 * (number + 1) : 32 * (number + 2)]
+        out.append(Part(codec=values[0], stored=values[1], digest=digest, pieces=pieces, layer=layer))
+    return tuple(out)
+
+
+def _first_layer(rows: list[list[int]], tensors: tuple[Tensor, ...]) -> list[tuple[Piece, ...]]:
+    order = in_part_order(tensors)
+    out: list[tuple[Piece, ...]] = []
+    at = done = 0  # position in `order`; elements of that tensor which earlier parts hold
+    for number, values in enumerate(rows):
         if len(values) == 3:
             chosen = order[at : at + values[2]]
             if done or len(chosen) != values[2]:
-                _bad_index(f"part {number} overlaps another or holds tensors that do not exist")
-            pieces = tuple(Piece(tensor=i, start=0, stop=tensors[i].size) for i in chosen)
+                bad_index(f"part {number} overlaps another or holds tensors that do not exist")
+            out.append(tuple(Piece(tensor=i, start=0, stop=tensors[i].size) for i in chosen))
             at += len(chosen)
         else:
             start, stop = values[2:]
             size = tensors[order[at]].size if at < len(order) else 0
             if start != done or not start < stop <= size:
-                _bad_index(f"part {number} overlaps another, leaves a gap or goes beyond its tensor")
-            pieces = (Piece(tensor=order[at], start=start, stop=stop),)
+                bad_index(f"part {number} overlaps another, leaves a gap or goes beyond its tensor")
+            out.append((Piece(tensor=order[at], start=start, stop=stop),))
             at, done = (at + 1, 0) if stop == size else (at, stop)
-        if sum((p.stop - p.start) * tensors[p.tensor].dtype.itemsize for p in pieces) > MAX_PART:
-            _bad_index(f"part {number} holds more than {MAX_PART} bytes")
-        digest = digests[32 * (number + 1) : 32 * (number + 2)]
-        out.append(Part(codec=values[0], stored=values[1], digest=digest, pieces=pieces))
     if at != len(order) or done:
-        _bad_index("it leaves tensors without a part")
-    return tuple(out)
+        bad_index("it leaves tensors without a part")
+    return out
 
 
 def cut_short(size: int, expected: int) -> PackageError:
@@ -283,7 +331,3 @@ def cut_short(size: int, expected: int) -> PackageError:
     return PackageError(
         f"the package is cut short: {size} bytes of at least {expected}", hint="the transfer broke off: get it again"
     )
-
-
-def _bad_index(why: str) -> NoReturn:
-    raise PackageError(f"the package's index makes no sense: {why}", hint="it is damaged or was made to harm")

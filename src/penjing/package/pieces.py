@@ -109,7 +109,7 @@ def divide(tensors: Sequence[Tensor]) -> list[tuple[Piece, ...]]:
     kinds = groupby(in_part_order(tensors), key=lambda i: (tensors[i].is_grid, _is_large(tensors[i])))
     for (_, large), numbers in kinds:
         if large:
-            parts += [(piece,) for i in numbers for piece in _ranges(i, tensors[i])]
+            parts += [(piece,) for i in numbers for piece in ranges(i, tensors[i])]
         else:
             parts += _bundles(tensors, list(numbers))
     return parts
@@ -133,7 +133,7 @@ def _bundles(tensors: Sequence[Tensor], numbers: list[int]) -> list[tuple[Piece,
     return [tuple(bundle) for bundle in bundles]
 
 
-def _ranges(number: int, tensor: Tensor) -> list[Piece]:
+def ranges(number: int, tensor: Tensor) -> list[Piece]:
     """Even ranges of whole rows, where rows are not huge."""
     number_of = -(-tensor.nbytes // _TARGET)
     step = -(-tensor.size // number_of)

@@ -54,6 +54,7 @@ def pull(
     out: str | Path,
     *,
     until_bytes: int | None = None,
+    layers: int | None = None,
     jobs: int = 4,
     layout: str = "file",
     patience: Patience | None = None,
@@ -61,9 +62,10 @@ def pull(
 ) -> Pulled:
     """Fetches a package from one or several http(s) URLs: packages, directories, volumes; mirrors, or each with some.
 
-    until_bytes: end early, with the parts that lie within so many first bytes of the package; the next pull goes on.
-    jobs: requests at a time. layout: of the result, "file" or "directory". Raises InputError for arguments that make
-    no sense, TransferError where the servers do not give the package (what has come is kept), OutputError.
+    until_bytes: end early, with the parts that lie within so many first bytes of the package; layers: with those of so
+    many quality layers. The next pull goes on. jobs: requests at a time. layout: of the result, "file" or "directory".
+    Raises InputError for arguments that make no sense, TransferError where the servers do not give the package (what
+    has come is kept), OutputError.
     """
     addresses = [address(url) for url in ([urls] if isinstance(urls, str) else urls)]
     if not addresses:
@@ -72,22 +74,30 @@ def pull(
         raise InputError(f"jobs must be at least 1, got {jobs}")
     if until_bytes is not None and until_bytes < 0:
         raise InputError(f"until_bytes must not be negative, got {until_bytes}")
+    if layers is not None and layers < 1:
+        raise InputError(f"layers must be at least 1, got {layers}", hint="1 is the coarsest network that runs")
     directory.check(layout)
     out = Path(out)
 
     async def all_of_it() -> Pulled:
         web = Web(timeout=(patience or Patience()).timeout, connections=jobs)
         try:
-            return await _pull(web, addresses, out, until_bytes, jobs, layout, patience or Patience(), progress)
+            return await _pull(
+                web, addresses, out, (until_bytes, layers), jobs, layout, patience or Patience(), progress
+            )
         finally:
             await web.close()
 
     return _finished(all_of_it)
 
 
-def wanted(front: Manifest, until_bytes: int | None) -> list[int]:
-    """Numbers of the parts to fetch: all, or those within the first bytes of the single file."""
-    return [n for n, end in enumerate(front.offsets[1:]) if until_bytes is None or end <= until_bytes]
+def wanted(front: Manifest, until_bytes: int | None, layers: int | None = None) -> list[int]:
+    """Numbers of the parts to fetch: all, or those in the first bytes of the single file, and of the first layers."""
+    return [
+        n
+        for n, (part, end) in enumerate(zip(front.parts, front.offsets[1:], strict=True))
+        if (until_bytes is None or end <= until_bytes) and (layers is None or part.layer <= layers)
+    ]
 
 
 def _finished(work: Callable[[], Awaitable[T]]) -> T:
@@ -108,7 +118,7 @@ async def _pull(
     web: Web,
     addresses: list[httpx2.URL],
     out: Path,
-    until_bytes: int | None,
+    limits: tuple[int | None, int | None],
     jobs: int,
     layout: str,
     patience: Patience,
@@ -119,7 +129,7 @@ async def _pull(
         with progress.task("asking for the manifest"):
             front = await _first(addresses, answers)
         folder = out.with_name(out.name + ".pull")
-        numbers = wanted(front, until_bytes)
+        numbers = wanted(front, *limits)
         due = {front.parts[n].digest: front.parts[n] for n in numbers}
         with Arrivals(folder, front, numbers) as arrivals:
             with progress.task("pulling (bytes)", sum(p.stored for p in due.values())) as advance:

@@ -182,7 +182,7 @@ def _payloads(found: Sequence[Holding], numbers: Iterable[int]) -> Iterator[byte
     for number in numbers:
         part = front.parts[number]
         for each in found:
-            payload = _read(each.places.get(part.digest), part.stored)
+            payload = read_at(each.places.get(part.digest), part.stored)
             if payload is not None and hashlib.sha256(payload).digest() == part.digest:
                 yield payload
                 break
@@ -193,7 +193,8 @@ def _payloads(found: Sequence[Holding], numbers: Iterable[int]) -> Iterator[byte
             raise PackageError(f"{front.name(number)} does not match its SHA-256", hint="it is damaged: get it again")
 
 
-def _read(place: tuple[Path, int] | None, size: int) -> bytes | None:
+def read_at(place: tuple[Path, int] | None, size: int) -> bytes | None:
+    """The bytes of a part, from where a Holding says they are; None where they are not. Raises PackageError."""
     if place is None:
         return None
     path, at = place

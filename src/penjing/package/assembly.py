@@ -1,0 +1,152 @@
+"""Tensors put together from parts as they come: at once from a whole package, or layer by layer.
+
+Of a layered package all tensors can be had once the first layer is here; what is not known yet of a value is taken from
+the middle of what it can be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penjing.errors import PackageError
+from penjing.package import codecs, nested
+from penjing.package.ladders import Bins, Ladder, Planes
+from penjing.package.layout import Index, Part
+from penjing.package.models import Bytes
+from penjing.package.pieces import Piece, Spec, Tensor, spec
+
+Array = NDArray[Any]
+
+
+class Assembly:
+    """The tensors of a package, as far as parts of it were taken. Values of layered tensors are kept as bins."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._ladders = index.ladders or (None,) * len(index.tensors)
+        self._taken: set[int] = set()
+        self._held: list[Array] = []
+        self._used: dict[int, Bytes] = {}  # the model of each element of a tensor with bins
+        self._known: dict[int, Bytes] = {}  # layers that are known of each element of a layered tensor
+        for i, (tensor, ladder) in enumerate(zip(index.tensors, self._ladders, strict=True)):
+            if ladder is None:
+                self._held.append(np.empty(tensor.size, dtype=tensor.dtype))
+                continue
+            self._held.append(np.zeros(tensor.size, dtype=np.uint8 if isinstance(ladder, Bins) else "<u4"))
+            self._known[i] = np.zeros(tensor.size, dtype=np.uint8)
+            if isinstance(ladder, Bins):
+                self._used[i] = np.zeros(tensor.size, dtype=np.uint8)
+
+    @property
+    def layers(self) -> int:
+        """How many layers are here whole."""
+        missing = [p.layer for n, p in enumerate(self._index.parts) if n not in self._taken]
+        return min(missing) - 1 if missing else self._index.layers
+
+    def has(self, number: int) -> bool:
+        """Whether part `number` was taken."""
+        return number in self._taken
+
+    def fits(self, number: int) -> bool:
+        """Whether part `number` was not taken yet, and what it refines is here."""
+        part = self._index.parts[number]
+        return number not in self._taken and all(self._is_next(p, part.layer) for p in part.pieces)
+
+    def take(self, number: int, payload: memoryview) -> None:
+        """Adds part `number`, whose digest was checked. Raises PackageError for bytes that no writer makes."""
+        part = self._index.parts[number]
+        if not all(self._is_next(p, part.layer) for p in part.pieces):
+            raise PackageError(
+                f"part {number} is of layer {part.layer}, and a layer before it is missing",
+                hint="take the parts of one layer after those of the one before",
+            )
+        if part.codec == codecs.NESTED:
+            self._take_nested(part, payload)
+        else:
+            self._take_plain(part, payload)
+        for piece in part.pieces:
+            if piece.tensor in self._known:
+                self._known[piece.tensor][piece.start : piece.stop] = part.layer
+        self._taken.add(number)
+
+    def arrays(self) -> dict[str, Array]:
+        """The tensors as they are known now. Raises PackageError before the first layer is here."""
+        if not self.layers:
+            raise PackageError("the first layer is not here", hint="penjing pull fetches it")
+        out = {}
+        for number, tensor in enumerate(self._index.tensors):
+            values = self._values(number, tensor, self._ladders[number])
+            out[tensor.name] = values.reshape(tensor.shape).astype(tensor.dtype.newbyteorder("="), copy=False)
+        return out
+
+    def _is_next(self, piece: Piece, layer: int) -> bool:
+        known = self._known.get(piece.tensor)
+        return known is None or bool((known[piece.start : piece.stop] == layer - 1).all())
+
+    def _take_plain(self, part: Part, payload: memoryview) -> None:
+        specs = [self._spec(p, part.layer) for p in part.pieces]
+        decoded = codecs.decode(part.codec, payload, specs, self._index.models)
+        for piece, values in zip(part.pieces, decoded, strict=True):
+            ladder, target = self._ladders[piece.tensor], self._held[piece.tensor][piece.start : piece.stop]
+            if isinstance(ladder, Bins):
+                raise _misplaced("bins of a layer", codecs.NAMES[part.codec])
+            if isinstance(ladder, Planes):
+                target |= values.astype(np.uint32) << np.uint32(ladder.shift(part.layer))
+            else:
+                target[:] = values
+
+    def _take_nested(self, part: Part, payload: memoryview) -> None:
+        runs, places = [], []
+        for piece in part.pieces:
+            own, ladder = spec(self._index.tensors, piece), self._ladders[piece.tensor]
+            if not self._index.tensors[piece.tensor].is_grid or isinstance(ladder, Planes):
+                raise _misplaced("no 8-bit integers", "nested")
+            runs.append(nested.Run(size=own.size, unit=own.unit, row=own.row, ladder=ladder or nested.WHOLE))
+            places.append((piece.tensor, slice(piece.start, piece.stop)))
+        if part.layer == 1:
+            bins, used = nested.decode_first(payload, runs, self._index.models)
+            for (tensor, place), found, names in zip(places, bins, used, strict=True):
+                if tensor in self._used:
+                    self._held[tensor][place], self._used[tensor][place] = found, names
+                else:
+                    signed = self._index.tensors[tensor].code == "b"
+                    self._held[tensor][place] = (found ^ 0x80).view(np.int8) if signed else found
+            return
+        before = [self._held[tensor][place] for tensor, place in places]
+        names_before = [self._used[tensor][place] for tensor, place in places]
+        decoded = nested.decode_next(payload, runs, before, names_before, self._index.models, part.layer)
+        for (tensor, place), values in zip(places, decoded, strict=True):
+            self._held[tensor][place] = values
+
+    def _spec(self, piece: Piece, layer: int) -> Spec:
+        own, ladder = spec(self._index.tensors, piece), self._ladders[piece.tensor]
+        return dataclasses.replace(own, code=ladder.code(layer)) if isinstance(ladder, Planes) else own
+
+    def _values(self, number: int, tensor: Tensor, ladder: Ladder | None) -> Array:
+        held = self._held[number]
+        if ladder is None:
+            return held
+        known = self._known[number]
+        if isinstance(ladder, Planes):
+            bits = held
+            for layer in range(1, ladder.layers):
+                bits = np.where(known == layer, ladder.values(held, layer), bits)
+            return np.asarray(bits).astype("<u4").view(tensor.dtype)
+        values = held
+        if (known < ladder.layers).any():
+            table = np.empty((ladder.layers, max(1, len(self._index.models)), 256), dtype=np.uint8)
+            table[-1] = np.arange(256)
+            for layer in range(1, ladder.layers):
+                table[layer - 1] = ladder.table(self._index.models, layer)
+            values = table[known - 1, self._used[number], held]
+        return (values ^ 0x80).view(np.int8) if tensor.code == "b" else values
+
+
+def _misplaced(what: str, codec: str) -> PackageError:
+    return PackageError(
+        f"a part holds {what} where its codec, {codec}, cannot", hint="the package was made by a faulty writer"
+    )

@@ -1,0 +1,79 @@
+"""A network that runs from its first layer on, and gets better as parts come in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from penjing.errors import InputError, PackageError
+from penjing.package import archive, directory, layout
+from penjing.package.assembly import Assembly
+from penjing.package.volumes import holding, read_at
+
+Array = NDArray[Any]
+
+
+class Refining:
+    """A package of which parts may still be missing: a file, a directory, or the folder of a pull under way."""
+
+    def __init__(self, path: str | os.PathLike[str], *, layers: int | None = None) -> None:
+        """Reads the manifest; of the parts, those of the first `layers` are wanted. Raises PackageError, InputError."""
+        if layers is not None and layers < 1:
+            raise InputError(f"layers must be at least 1, got {layers}", hint="1 is the coarsest network that runs")
+        self._path = Path(path)
+        front = holding(self._path).manifest
+        archive.refuse_other_kinds(layout.parse_header(front.data))
+        self._front = front
+        self._assembly = Assembly(front.index)
+        every = front.index.layers
+        self.wanted = every if layers is None else min(layers, every)
+
+    @property
+    def layers(self) -> int:
+        """How many layers are here whole."""
+        return self._assembly.layers
+
+    def refresh(self) -> int:
+        """Takes the parts that came since; returns how many. Raises PackageError for a damaged one."""
+        places, taken = holding(self._path).places, 0
+        for number, part in enumerate(self._front.parts):
+            if part.layer > self.wanted or not self._assembly.fits(number):
+                continue
+            payload = read_at(places.get(part.digest), part.stored)
+            if payload is None:
+                continue
+            if hashlib.sha256(payload).digest() != part.digest:
+                raise PackageError(
+                    f"{self._front.name(number)} does not match its SHA-256",
+                    hint="the package is damaged: get it again",
+                )
+            self._assembly.take(number, memoryview(payload))
+            taken += 1
+        return taken
+
+    def read(self) -> tuple[str, dict[str, Array], dict[str, Any]]:
+        """Topology, arrays as they are known, and metadata. Raises PackageError before the first layer is here."""
+        index, data = self._front.index, memoryview(self._front.data)
+        text = archive.topology_text(index, data[len(data) - index.topology.stored :])
+        return text, self._assembly.arrays(), index.metadata
+
+    def require(self) -> None:
+        """Raises PackageError that names the parts which are wanted and not here."""
+        if missing := self.missing():
+            raise directory.lacking(self._front, missing)
+
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are wanted and not here."""
+        return [n for n, p in enumerate(self._front.parts) if p.layer <= self.wanted and not self._assembly.has(n)]
+
+
+def read(path: str | os.PathLike[str], *, layers: int) -> tuple[str, dict[str, Array], dict[str, Any]]:
+    """Topology, arrays and metadata after so many layers, further parts may be missing. Raises PackageError."""
+    found = Refining(path, layers=layers)
+    found.refresh()
+    found.require()
+    return found.read()
