@@ -36,7 +36,7 @@ LENET_5_CAFFE = (
 #: Layers, epochs of the dense network, epochs for few bytes, rates (loss a kilobyte).
 NETWORKS: dict[str, tuple[Any, float, float, tuple[float, ...]]] = {
     "lenet-300-100": (LENET_300_100, 30, 20, (0.003,)),
-    "lenet-5-caffe": (LENET_5_CAFFE, 8, 20, (0.08, 0.012)),
+    "lenet-5-caffe": (LENET_5_CAFFE, 8, 20, (0.08, 0.005)),
 }
 ADAM: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "batch_size": 128, "augment": "affine",
                         "precision": "bf16"}  # fmt: skip
