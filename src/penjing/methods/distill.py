@@ -92,7 +92,8 @@ class Distill(LearningStep):
                 "Distill learns from nobody: teacher is empty", hint="teacher: original, or mutual: [name]"
             )
         weights = self.teacher_weights
-        if not isinstance(weights, list) or any(not isinstance(w, int | float) or w <= 0 for w in weights):
+        numbers = isinstance(weights, list) and not any(isinstance(w, bool) for w in weights)
+        if not numbers or not all(isinstance(w, int | float) and 0 < w < infinity for w in weights):
             raise RecipeError(f"Distill.teacher_weights must be numbers above 0, got {weights!r}", hint="leave it away")
         named = isinstance(self.features, dict) and all(isinstance(n, str) for p in self.features.items() for n in p)
         if not named and self.features not in (None, "auto"):
