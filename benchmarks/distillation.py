@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sections import run
+from sections import accuracy, run
 from torch import nn
 
 import penjing as pj
-from penjing.data import Data
 
 SEEDS = (0, 1, 2)
 PLAIN: dict[str, Any] = {"lr": 0.1, "batch_size": 128, "precision": "bf16", "average": 0.99}
@@ -41,11 +40,6 @@ WAYS: dict[str, tuple[pj.Step, ...]] = {
 }
 #: 97.5 % quantile of Student's t with two degrees of freedom.
 T2 = 4.303
-
-
-def accuracy(network: pj.Network, tested: Any) -> float:
-    right = [(network.run(x)[0].argmax(1) == y).float() for x, y in Data(tested).batches(200)]
-    return round(100 * torch.cat(right).mean().item(), 2)
 
 
 def trained(

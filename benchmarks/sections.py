@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+import penjing as pj
+from penjing.data import Data
+
 ROOT = Path(__file__).resolve().parents[1]
 Section = Callable[[Path], Iterator[dict[str, Any]]]  #: the folder with the data → rows
 
@@ -31,6 +34,12 @@ def run(told: str | None, sections: Mapping[str, Section], name: str) -> None:
             rows.append({"section": section, **row})
             print(json.dumps(rows[-1]), flush=True)
             _keep(chosen.out, {"threads": chosen.threads, "torch": torch.__version__, "rows": rows})
+
+
+def accuracy(network: pj.Network, tested: Any) -> float:
+    """The share of labelled samples that a network gets right, in percent."""
+    right = [(network.run(x)[0].argmax(1) == y).float() for x, y in Data(tested).batches(200)]
+    return round(100 * torch.cat(right).mean().item(), 2)
 
 
 def _keep(file: Path, result: dict[str, Any]) -> None:

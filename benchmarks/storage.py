@@ -17,19 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from sections import run
+from sections import accuracy, run
 from torch.utils.data import TensorDataset
 
 import penjing as pj
-from penjing.data import Data
 
 DROPS = (0.25, 0.5, 1.0)
-
-
-def accuracy(network: pj.Network, tested: Any) -> float:
-    right = [(network.run(x)[0].argmax(1) == y).float() for x, y in Data(tested).batches(200)]
-    return round(100 * torch.cat(right).mean().item(), 2)
 
 
 def packed(

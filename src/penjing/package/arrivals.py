@@ -38,7 +38,7 @@ class Arrivals:
         """
         self.folder = folder
         self.front = front
-        self.fetched = 0  # bytes that arrived in this session
+        self.fetched = 0  # bytes that have arrived since this was made
         self._lock = FileLock(folder / _LOCK, blocking=False)
         self._whole: set[bytes] = set()
         self._begun: dict[bytes, int] = {}
