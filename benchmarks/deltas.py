@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sections import accuracy, first
 from torch.utils.data import TensorDataset
 
 import penjing as pj
@@ -41,16 +42,6 @@ TUNES: tuple[tuple[str, str, float, int, float, str | list[str]], ...] = (
 def dark(samples: TensorDataset) -> TensorDataset:
     x, y = samples.tensors
     return TensorDataset(x / 4, y)
-
-
-def first(samples: TensorDataset, count: int) -> TensorDataset:
-    return TensorDataset(*(t[:count] for t in samples.tensors))
-
-
-def accuracy(network: pj.Network, samples: TensorDataset) -> float:
-    x, y = samples.tensors
-    right = [network.run((a,))[0].argmax(1) == b for a, b in zip(x.split(250), y.split(250), strict=True)]
-    return round(100 * float(torch.cat(right).double().mean()), 2)
 
 
 def packed(network: pj.Network) -> tuple[Any, Any, dict[str, Any]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sections import accuracy, first
 from torch.utils.data import TensorDataset
 
 import penjing as pj
@@ -30,16 +31,6 @@ STEPS = {
     "CodeWeights(0.002)": pj.CodeWeights(rate=0.002),
     "CodeWeights(0.02)": pj.CodeWeights(rate=0.02),
 }
-
-
-def first(samples: TensorDataset, count: int) -> TensorDataset:
-    return TensorDataset(*(t[:count] for t in samples.tensors))
-
-
-def accuracy(network: pj.Network, samples: TensorDataset) -> float:
-    x, y = samples.tensors
-    right = [network.run((a,))[0].argmax(1) == b for a, b in zip(x.split(250), y.split(250), strict=True)]
-    return round(100 * float(torch.cat(right).double().mean()), 2)
 
 
 def row(network: pj.Network, layers: int, data: Any, test: TensorDataset, folder: Path) -> dict[str, Any]:

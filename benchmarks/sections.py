@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import TensorDataset
 
 import penjing as pj
 from penjing.data import Data
@@ -34,6 +35,11 @@ def run(told: str | None, sections: Mapping[str, Section], name: str) -> None:
             rows.append({"section": section, **row})
             print(json.dumps(rows[-1]), flush=True)
             _keep(chosen.out, {"threads": chosen.threads, "torch": torch.__version__, "rows": rows})
+
+
+def first(samples: TensorDataset, count: int) -> TensorDataset:
+    """The first samples."""
+    return TensorDataset(*(t[:count] for t in samples.tensors))
 
 
 def accuracy(network: pj.Network, tested: Any) -> float:
