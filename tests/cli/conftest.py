@@ -1,6 +1,10 @@
 """A person's working folder, and the command line run in it."""
 
+import functools
+import http.server
 import json
+import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,3 +132,24 @@ def penjing(desk: Path, capfd: pytest.CaptureFixture):
         return Done(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def hosted(monkeypatch):
+    """Puts a folder on the standard library's web server, which knows no ranges; its address."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with ExitStack() as stack:
+
+        def host(folder):
+            handler = functools.partial(Handler, directory=str(folder))
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield host

@@ -1,9 +1,5 @@
 """pack --layout, split, join, pull: a package on its way, from the command line."""
 
-import functools
-import http.server
-import threading
-
 import pytest
 
 SHAPE = ("--input-shape", "1x1x8x8")
@@ -18,19 +14,8 @@ def packed(desk, penjing):
 
 
 @pytest.fixture
-def url(packed, monkeypatch):
-    """The desk on the standard library's web server, which knows no ranges."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Handler, directory=str(packed))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+def url(packed, hosted):
+    return hosted(packed)
 
 
 def test_both_layouts_are_packed_alike(packed, penjing):

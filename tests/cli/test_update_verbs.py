@@ -1,9 +1,5 @@
 """pack --layers, pull --layers, unpack --layers, inspect, diff, patch: a network in steps, from the command line."""
 
-import functools
-import http.server
-import threading
-
 import pytest
 import torch
 
@@ -31,18 +27,8 @@ def layered(desk, penjing):
 
 
 @pytest.fixture
-def url(layered, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Handler, directory=str(layered))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+def url(layered, hosted):
+    return hosted(layered)
 
 
 def test_inspect_prints_the_ladder(layered, penjing):
