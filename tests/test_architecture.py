@@ -37,6 +37,7 @@ SHARED = {
         "onnx_biases",
         "onnx_products",
         "onnx_recurrent",
+        "onnx_skeleton",
     },
 }
 LAZY = ("runtimes/", "search/", "serving/", "cli/", "__init__.py", "__main__.py")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from penjing.evaluation.layering import layered
 from penjing.files import appearing_folder
 from penjing.methods import CodeWeights, SearchAmount
 from penjing.network import Network
-from penjing.package import refining
+from penjing.package import onnx_model, refining
 from penjing.progress import SILENT, Progress
 from penjing.recipe import Recipe
 from penjing.report import render_html, render_markdown
@@ -167,6 +168,7 @@ def pack(
     rate: float | None = None,
     max_drop: float | None = None,
     layers: int | None = None,
+    target: str | Target | None = None,
     data: Any = None,
     task: str | Task | None = None,
     seed: int = 0,
@@ -187,12 +189,15 @@ def pack(
         layers: coarse values of all tensors first, then what makes them exact, in so many steps (2 to 8): the network
             runs once the first layer is there. With ``data``, errors go where the outputs feel them least, and with
             ``task`` too, its metric after each layer is kept in the package.
+        target: put the graph into the package as this runtime (onnxruntime, openvino) reads it too: a client needs
+            no torch then, ``penjing.package.onnx_model`` puts the ``.onnx`` together. The parity gate is held.
 
     Raises:
         InputError: another layout; layers out of range, or of a network in which nothing can be cut.
         RecipeError: both knobs, or one out of range; the network is quantized already.
         DataError: ``max_drop`` without labelled samples.
         BudgetError: no grid keeps the metric.
+        TargetError, ExportError, ParityError, MissingExtraError: from the runtime.
         OutputError: it cannot be written there.
     """
     package.directory.check(layout)
@@ -211,13 +216,30 @@ def pack(
                 hint="allow more, or give more samples",
             )
         network = result.network
+    samples = None if data is None else Data(data)
+    packed = *network.state(), {"name": network.name}
+    if target is not None:
+        packed = _for_client(network, Target.parse(target), samples)
     if layers is not None and layers != 1:
-        samples = None if data is None else Data(data)
-        coded = layered(network, layers, data=samples, task=get_task(task), progress=progress)
-        return package.save(coded, path, layout=layout)
-    topology, arrays = network.state()
-    coded = package.encode(topology, arrays, metadata={"name": network.name}, progress=progress)
+        coded = layered(network, layers, packed=packed, data=samples, task=get_task(task), progress=progress)
+    else:
+        topology, arrays, metadata = packed
+        coded = package.encode(topology, arrays, metadata=metadata, progress=progress)
     return package.save(coded, path, layout=layout)
+
+
+def _for_client(network: Network, target: Target, samples: Data | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The network's state and metadata, with the graph of a runtime's file, from which a client makes that file."""
+    engine = RUNTIMES.get(target.runtime)
+    engine.need()
+    topology, arrays = network.state()
+    graph, held = engine.skeleton(network, arrays, onnx_model.HELD)
+    topology, arrays = onnx_model.joined(topology, graph), {**arrays, **held}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"network{engine.suffix}"
+        file.write_bytes(onnx_model.assemble(topology, arrays))
+        engine.verify(network, file, samples=None if samples is None else samples.first(32))
+    return topology, arrays, {"name": network.name, "runtime": target.runtime}
 
 
 def _within(drop: float, task: str | Task | None) -> SearchAmount:

@@ -55,6 +55,12 @@ def test_compress_then_everything_else(penjing, desk, quantize):
     unpacked = penjing("unpack", "again.penjing", "again.safetensors", "--json")
     assert unpacked.code == 0 and (desk / "again.safetensors").is_file()
 
+    packed = penjing("pack", "small", "client.penjing", "--target", "openvino", "--json")
+    assert packed.code == 0 and penjing("unpack", "client.penjing", "client.onnx", "--json").json["bytes"] > 0
+    assert penjing("pack", "small", "x.penjing", "--target", "torch").err.startswith("error: a package holds no graph")
+    refused = penjing("unpack", "again.penjing", "again.onnx")
+    assert refused.code == 2 and "penjing pack --target" in refused.err and not (desk / "again.onnx").exists()
+
     deployed = penjing("deploy", "again.safetensors", "--target", "openvino", "--out", "ov", "--json")
     assert deployed.code == 0, deployed.err
     assert [a["runtime"] for a in deployed.json["artifacts"]] == ["openvino"]

@@ -44,6 +44,14 @@ def pack(
             "the first on. --data says where errors do least, with --task each layer is measured.",
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUNTIME",
+            help="onnxruntime or openvino: put the graph in as it reads it, so that a client gets an .onnx file "
+            "without torch.",
+        ),
+    ] = None,
     data: options.OptionalData = None,
     task: options.Task = None,
     seed: options.Seed = 0,
@@ -74,6 +82,7 @@ def pack(
             rate=rate,
             max_drop=max_drop,
             layers=layers,
+            target=target,
             data=samples,
             task=task,
             seed=seed,

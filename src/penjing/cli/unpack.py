@@ -17,23 +17,31 @@ from penjing.errors import InputError
 def unpack(
     context: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE", help="The package, ending in .penjing, or its folder.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The file to write, ending in .safetensors.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The file to write, ending in .safetensors or .onnx.")],
     layers: Layers = None,
     json: Json = False,
 ) -> int:
-    """Unpacks FILE into a .safetensors file: its tensors open anywhere, its graph with Network.load.
+    """Unpacks FILE into a .safetensors file: its tensors open anywhere, its graph with Network.load. Or into an .onnx
+    file, if it was packed with --target.
 
-    [bold]penjing unpack net.penjing net.safetensors[/]
+    [bold]penjing unpack net.penjing net.safetensors[/]   [bold]penjing unpack net.penjing net.onnx[/]
     [bold]penjing unpack net.penjing.pull net.safetensors --layers 1[/]
     """
-    import penjing as pj
-    from penjing.evaluation import words
+    from penjing.package import onnx_model
     from penjing.package.directory import is_package
 
     screen: Screen = context.obj
     if not file.endswith(".penjing") and not is_package(Path(file).expanduser()):
         raise InputError(f"{file} is not a package", hint="a package ends in .penjing; penjing pack writes one")
-    path = output_file(out, suffixes=(".safetensors",))
+    path = output_file(out, suffixes=(".safetensors", ".onnx"))
+    if path.suffix == ".onnx":
+        size = onnx_model.write(file, path, layers=layers)
+        screen.line(f"{path}: {size:,} bytes")
+        screen.emit({"schema": 1, "path": str(path), "bytes": size})
+        return 0
+    import penjing as pj
+    from penjing.evaluation import words
+
     network = load_network(file) if layers is None else pj.unpack(file, layers=layers)
     network.save(path)
     size = path.stat().st_size

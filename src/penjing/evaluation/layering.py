@@ -28,17 +28,19 @@ def layered(
     network: Network,
     layers: int,
     *,
+    packed: tuple[str, dict[str, Array], dict[str, Any]] | None = None,
     data: Data | None = None,
     task: Task | None = None,
     progress: Progress = SILENT,
 ) -> bytes:
     """The bytes of `network`'s package in layers.
 
+    packed: topology, arrays and metadata, where they are more than the network's own.
     data: the harm of errors in each tensor is measured on 128 of them, as the change of the outputs; otherwise errors
     count in relation to the weights. With a task, its metric on `data` after each layer is kept in the package, else
     the weights' SQNR. Raises InputError where nothing can be cut, DataError.
     """
-    topology, arrays = network.state()
+    topology, arrays, metadata = packed or (*network.state(), {"name": network.name})
     names = _candidates(network, arrays)
     if not names:
         raise InputError(
@@ -52,7 +54,7 @@ def layered(
         # What errors do one by one is not all of what they do together: the samples decide.
         made = min(made, other, key=lambda each: judge.change(topology, each.arrays(1)))
     quality = _measured(made, topology, data, task, progress) if data is not None and task is not None else _told(made)
-    return made.encode({"name": network.name, LADDER: quality})
+    return made.encode({**metadata, LADDER: quality})
 
 
 def _candidates(network: Network, arrays: dict[str, Array]) -> list[str]:

@@ -28,7 +28,7 @@ from penjing.progress import SILENT, Progress
 from penjing.registry import Registry, did_you_mean
 from penjing.runtimes.cpu import available_cores
 from penjing.runtimes.parity import Parity, verify
-from penjing.runtimes.trace import program
+from penjing.runtimes.trace import program, refuse_other_precisions
 
 if TYPE_CHECKING:
     from penjing.network import Network
@@ -248,6 +248,13 @@ class Runtime(ABC):
     def intermediates(self, path: Path, names: Sequence[str], inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Those of the named inner values that the file has, as this runtime computes them."""
 
+    def skeleton(self, network: Network, arrays: Mapping[str, Array], held: str) -> Skeleton:
+        """The graph of this runtime's file as plain values that name `arrays`, the network's, and arrays that it needs
+        besides, whose names begin with `held`. Raises TargetError where the file is no ONNX file, ExportError."""
+        raise TargetError(
+            f"a package holds no graph for the runtime '{self.name}'", hint="it can for onnxruntime and openvino"
+        )
+
     def in_float(self, network: Network, path: Path, session: Session) -> dict[str, str]:
         """Layers of `network` that stand on integer grids in its file while `session` of it computes them in float, and
         the arithmetic, as far as the runtime tells. Raises InputError for a damaged file."""
@@ -270,7 +277,7 @@ class Runtime(ABC):
         Raises ExportError, ParityError, MissingExtraError, OutputError.
         """
         self.need()
-        _refuse_other_precisions(network)
+        refuse_other_precisions(network)
         final = Path(path)
         if final.suffix != self.suffix:
             raise InputError(f"a file for {self.name} ends in {self.suffix}, got {final.name!r}")
@@ -341,6 +348,7 @@ def _reason(error: Exception, path: Path) -> str:
     return textwrap.shorten(last, 300, placeholder=" …")
 
 
+Skeleton = tuple[dict[str, Any], dict[str, Array]]
 RUNTIMES: Registry[Runtime] = Registry("runtime", error=TargetError)
 
 
@@ -387,12 +395,3 @@ def _check(port: Port, value: Any) -> None:
         wanted = "×".join("N" if w is None else str(w) for w in port.shape)
         got = "×".join(map(str, value.shape)) or "a single number"
         raise InputError(f"input '{port.name}' must have the shape {wanted}, got {got}")
-
-
-def _refuse_other_precisions(network: Network) -> None:
-    held = {n: t.dtype for n, t in network.tensors().items() if t.is_floating_point() and t.dtype != torch.float32}
-    for name, dtype in held.items():
-        raise ExportError(
-            f"{network.name} holds {name} in {str(dtype).removeprefix('torch.')}; files are made from float32",
-            hint="capture(model.float(), ...); a runtime's own half precision is an option of the target",
-        )

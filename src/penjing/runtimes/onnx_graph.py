@@ -21,28 +21,42 @@ from penjing.runtimes.onnx_activations import translations
 from penjing.runtimes.onnx_passes import Dialect
 from penjing.runtimes.onnx_recurrent import marked
 from penjing.runtimes.onnx_weights import Stored
-from penjing.runtimes.trace import program, quiet, tensor_names
+from penjing.runtimes.trace import program, quiet, refuse_other_precisions, tensor_names
 
 if TYPE_CHECKING:
     from penjing.network import Network
 
 #: 21 is the first with 4-bit types and blocked DequantizeLinear; both runtimes read it.
 OPSET = 21
+_MERGED = ("aten.batch_norm", "aten._native_batch_norm", "aten.lstm", "aten.gru", "aten.rnn")  # with their weights
 _LIMIT = 2**31 - 2**20  # bytes of one protobuf message
 
 
 def write(network: Network, path: Path, dialect: Dialect) -> tuple[Widened, ...]:
     """Writes the network as one .onnx file in a runtime's dialect; returns what had to be widened."""
+    import onnx_ir as ir
+
+    model, widened = _in_dialect(network, dialect, _translated(network))
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    return widened
+
+
+def with_own_tensors(network: Network, dialect: Dialect) -> Any:
+    """The model that `write` writes, but with the network's own tensors in it as far as can be."""
+    refuse_other_precisions(network)
+    return _in_dialect(network, dialect, _translated(network, own_tensors=True))[0]
+
+
+def _in_dialect(network: Network, dialect: Dialect, translation: _Translation) -> tuple[Any, tuple[Widened, ...]]:
     import onnx
     import onnx_ir as ir
 
-    plain, traced = _translated(network)
+    plain, traced = translation
     model = ir.from_proto(onnx.load_model_from_string(plain))
     looked_up = onnx_codebooks.look_up(model.graph, onnx_codebooks.shared(network, traced))
     widened = (*looked_up, *onnx_passes.run(model, dialect, _stored(network, traced), marked(traced)))
     _name_dimensions(model, network)
-    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
-    return widened
+    return model, widened
 
 
 def _stored(network: Network, traced: torch.export.ExportedProgram) -> dict[str, Stored]:
@@ -70,27 +84,31 @@ _LAST: weakref.WeakKeyDictionary[Network, _Translation] = weakref.WeakKeyDiction
 _REMEMBERED = 2**28  # bytes; larger ones are translated again
 
 
-def _translated(network: Network) -> _Translation:
+def _translated(network: Network, *, own_tensors: bool = False) -> _Translation:
     """The network as torch's exporter writes it: an ONNX model before any dialect, and the program it was made of.
 
+    own_tensors: without computing others from them, as of a batch norm's and a product's.
     Raises ExportError naming what has no translation, or for a network too large for one file.
     """
-    held = _LAST.get(network)
+    traced = program(network)
+    own_tensors = own_tensors and any(str(n.target).startswith(_MERGED) for n in traced.graph.nodes)
+    held = None if own_tensors else _LAST.get(network)
     if held is not None:
         return held
-    traced = program(network)
     try:
         with quiet():
             made = torch.onnx.export(
                 traced,
                 dynamo=True,
                 verbose=False,
-                optimize=True,
+                optimize=not own_tensors,
                 custom_translation_table=translations(),
                 opset_version=OPSET,
                 input_names=[i.name for i in network.inputs],
                 output_names=list(network.output_names),
             )
+            if own_tensors and made is not None:
+                _optimize_around_weights(made)
     except Exception as error:  # the exporter raises many kinds
         raise ExportError(
             f"{network.name} cannot be written as ONNX: {_reason(error)}",
@@ -105,10 +123,25 @@ def _translated(network: Network) -> _Translation:
             hint="quantize its weights first, or export it for the runtime 'torch'",
         )
     result = made.model_proto.SerializeToString(), made.exported_program
+    if own_tensors:
+        return result
     _LAST.clear()
     if size < _REMEMBERED:
         _LAST[network] = result
     return result
+
+
+def _optimize_around_weights(made: Any) -> None:
+    # onnxscript merges a norm, or puts an LSTM's gates in order, only where no input of the model could change them.
+    graph = made.model.graph
+    places = {"BatchNormalization": 1, "Slice": 0}
+    read = [n.inputs[places[n.op_type]] for n in graph if n.op_type in places]
+    given = list(dict.fromkeys(v for v in read if v.is_initializer()))
+    graph.inputs.extend(given)
+    made.optimize()
+    graph = made.model.graph
+    for value in given:
+        graph.inputs.remove(value)
 
 
 def read(path: Path) -> Any:

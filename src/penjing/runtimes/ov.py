@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from penjing.errors import ExportError
-from penjing.runtimes import onnx_graph
-from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Target, Widened, register
+from penjing.runtimes import onnx_graph, onnx_skeleton
+from penjing.runtimes.base import Array, Executed, Port, Runtime, Session, Skeleton, Target, Widened, register
 from penjing.runtimes.onnx_passes import Dialect
 from penjing.runtimes.onnx_products import in_float
 
@@ -160,6 +160,9 @@ class OpenVino(Runtime):
 
     def _write(self, network: Network, path: Path) -> tuple[Widened, ...]:
         return onnx_graph.write(network, path, DIALECT)
+
+    def skeleton(self, network: Network, arrays: Mapping[str, Array], held: str) -> Skeleton:
+        return onnx_skeleton.skeleton(onnx_graph.with_own_tensors(network, DIALECT), arrays, held)
 
     def _open(self, path: Path, target: Target) -> Session:
         return self._compile(str(path), target, path)

@@ -114,3 +114,13 @@ def _explicit(module: fx.GraphModule) -> fx.GraphModule:
             node.target, node.args = aten.clone.default, node.args[:1]
             node.kwargs = {"memory_format": torch.contiguous_format}
     return fx.GraphModule(module, graph)
+
+
+def refuse_other_precisions(network: Network) -> None:
+    """Raises ExportError for floats that are not float32."""
+    held = {n: t.dtype for n, t in network.tensors().items() if t.is_floating_point() and t.dtype != torch.float32}
+    for name, dtype in held.items():
+        raise ExportError(
+            f"{network.name} holds {name} in {str(dtype).removeprefix('torch.')}; files are made from float32",
+            hint="capture(model.float(), ...); a runtime's own half precision is an option of the target",
+        )
