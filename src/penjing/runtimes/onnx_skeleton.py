@@ -19,6 +19,7 @@ Array = np.ndarray[Any, Any]
 
 _WRITTEN = 64  # bytes: tensors up to here stand in the graph itself
 _GATES = [0, 3, 1, 2]  # of an LSTM: torch's order of them, as ONNX has them
+_FIRST = 64  # values that are compared before all
 _AXES = 4  # tensors of more axes are looked for in their own order alone
 
 
@@ -125,7 +126,9 @@ class _Writer:
                 if not fits:
                     continue
                 for steps, laid in _layouts(known, tuple(tensor.shape)):
-                    if np.array_equal(laid, values[: laid.size]) and not values[laid.size :].any():
+                    if not np.array_equal(laid.flat[:_FIRST], values[: min(_FIRST, laid.size)]):
+                        continue  # without a copy of the whole
+                    if np.array_equal(laid.reshape(-1), values[: laid.size]) and not values[laid.size :].any():
                         yield [name, *steps, *([] if coding is None else [coding])]
 
 
@@ -143,7 +146,7 @@ def _looks(tensor: Any) -> Iterator[tuple[str | None, Array, int, int]]:
 
 
 def _layouts(array: Array, shape: tuple[int, ...]) -> Iterator[tuple[list[Any], Array]]:
-    """Ways that an array's values may be laid out in a tensor of `shape`: the steps, and the values in that order."""
+    """Ways that an array's values may be laid out in a tensor of `shape`: the steps, and the array after them."""
     starts: list[tuple[list[Any], Array]] = [([], array)]
     if len(shape) > 1 and array.shape != shape[::-1] and array.size == math.prod(shape):
         starts.append(([{"shape": list(shape[::-1])}], array.reshape(shape[::-1])))
@@ -153,7 +156,7 @@ def _layouts(array: Array, shape: tuple[int, ...]) -> Iterator[tuple[list[Any], 
     for steps, start in starts:
         own = tuple(range(start.ndim))
         for order in itertools.permutations(own) if start.ndim <= _AXES else [own]:
-            yield [*steps, *([] if order == own else [list(order)])], start.transpose(order).reshape(-1)
+            yield [*steps, *([] if order == own else [list(order)])], start.transpose(order)
 
 
 _KINDS = {
