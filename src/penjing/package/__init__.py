@@ -2,7 +2,8 @@
 
 `encode`/`decode` go between plain values and bytes, `write`/`read` between plain values and a file, `inspect` and
 `verify` look at a package, `save` writes an encoded one in either layout, `split` and `join` divide it and put it
-together; `penjing.package.transfer` fetches one. docs/format.md describes the bytes.
+together; `penjing.package.transfer` fetches one, `penjing.package.onnx_model` makes the file of a runtime of one.
+docs/format.md describes the bytes.
 
 What needs the extra `secure` is imported by name (docs/sealing.md): `keys`, `signatures`, `sealing`, `bom`; and with
 the extra `model-signing` `openssf`. `provenance` needs neither.
