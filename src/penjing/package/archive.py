@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penjing.errors import InputError, PackageError
-from penjing.package import codecs, directory, grids, layout
+from penjing.package import codecs, directory, grids, layout, prediction
 from penjing.package.assembly import Assembly
 from penjing.package.layout import HEADER_SIZE, Header, Index, Part
 from penjing.package.manifest import tensors_in
 from penjing.package.pieces import CODES, Tensor, divide, spec
+from penjing.package.prediction import Predictor
 from penjing.progress import SILENT, Progress
 
 Array = NDArray[Any]
@@ -46,6 +47,7 @@ def encode(
     tensors = tuple(described(name, array) for name, array in arrays.items())
     text = utf8(topology)
     values = [flat(array) for array in arrays.values()]
+    predictors = predicted(tensors, values)
     bundles = divide(tensors)
     on_grid = [p for pieces in bundles for p in pieces if tensors[p.tensor].is_grid]
     with progress.task("coding tensors", len(bundles)) as advance:
@@ -75,9 +77,20 @@ def encode(
         parts=tuple(parts),
         models=models,
         metadata=plain(metadata),
+        predictors=predictors,
         delta=None if delta is None else plain(delta),
     )
     return b"".join([layout.pack(index), frame, *payloads])
+
+
+def predicted(tensors: Sequence[Tensor], values: list[Array]) -> tuple[Predictor | None, ...]:
+    """The predictors of tensors, if any; puts what they leave in the place of those tensors' flat values."""
+    on_grid = {i: grids.symbols(values[i]) for i, tensor in enumerate(tensors) if tensor.is_grid}
+    predictors, coded = prediction.choose(tensors, on_grid)
+    for i, symbols in zip(on_grid, coded, strict=True):
+        if predictors and predictors[i] is not None:
+            values[i] = grids.values(symbols, tensors[i].code)
+    return predictors
 
 
 def _keep_honest(parts: list[Part], payloads: list[bytes], values: list[Array], raw: int) -> None:

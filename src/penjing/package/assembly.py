@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penjing.errors import PackageError
-from penjing.package import codecs, nested
+from penjing.package import codecs, grids, nested, prediction
 from penjing.package.ladders import Bins, Ladder, Planes
 from penjing.package.layout import Index, Part
 from penjing.package.models import Bytes
 from penjing.package.pieces import Piece, Spec, Tensor, spec
+from penjing.package.prediction import Predictor, Weights
 
 Array = NDArray[Any]
 
@@ -78,10 +79,25 @@ class Assembly:
         if not self.layers:
             raise PackageError("the first layer is not here", hint="penjing pull fetches it")
         out = {}
-        for number, tensor in enumerate(self._index.tensors):
-            values = self._values(number, tensor, self._ladders[number])
+        found = [
+            self._values(i, t, ladder)
+            for i, (t, ladder) in enumerate(zip(self._index.tensors, self._ladders, strict=True))
+        ]
+        self._restore(found)
+        for tensor, values in zip(self._index.tensors, found, strict=True):
             out[tensor.name] = values.reshape(tensor.shape).astype(tensor.dtype.newbyteorder("="), copy=False)
         return out
+
+    def _restore(self, found: list[Array]) -> None:
+        """Puts values in the place of what prediction left of them."""
+        members: dict[Weights, list[tuple[int, Predictor]]] = {}
+        for number, predictor in enumerate(self._index.predictors):
+            if predictor is not None:
+                members.setdefault(predictor.weights, []).append((number, predictor))
+        for group in members.values():
+            restored = prediction.restore([grids.symbols(found[i]) for i, _ in group], [p for _, p in group])
+            for (i, _), symbols in zip(group, restored, strict=True):
+                found[i] = grids.values(symbols, self._index.tensors[i].code)
 
     def _is_next(self, piece: Piece, layer: int) -> bool:
         known = self._known.get(piece.tensor)
@@ -113,8 +129,7 @@ class Assembly:
                 if tensor in self._used:
                     self._held[tensor][place], self._used[tensor][place] = found, names
                 else:
-                    signed = self._index.tensors[tensor].code == "b"
-                    self._held[tensor][place] = (found ^ 0x80).view(np.int8) if signed else found
+                    self._held[tensor][place] = grids.values(found, self._index.tensors[tensor].code)
             return
         before = [self._held[tensor][place] for tensor, place in places]
         names_before = [self._used[tensor][place] for tensor, place in places]
@@ -143,7 +158,7 @@ class Assembly:
             for layer in range(1, ladder.layers):
                 table[layer - 1] = ladder.table(self._index.models, layer)
             values = table[known - 1, self._used[number], held]
-        return (values ^ 0x80).view(np.int8) if tensor.code == "b" else values
+        return grids.values(values, tensor.code)
 
 
 def _misplaced(what: str, codec: str) -> PackageError:

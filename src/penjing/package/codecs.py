@@ -66,7 +66,7 @@ def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[
         out: list[Array] = []
         found = grids.decode(payload, _sizes(specs), models) if codec == GRID else sparse.decode(payload, _rows(specs))
         for values, spec in zip(found, specs, strict=True):
-            out.append((values ^ 0x80).view(np.int8) if spec.code == "b" else values)
+            out.append(grids.values(values, spec.code))
     elif codec == PLANES:
         out = planes.decode(payload, specs)
     elif codec in (NESTED, PARENT):

@@ -58,6 +58,11 @@ def symbols(array: NDArray[np.generic]) -> Bytes:
     return turned
 
 
+def values(symbols: Bytes, code: str) -> NDArray[np.generic]:
+    """What `symbols` was made of, an array of type `code`."""
+    return (symbols ^ np.uint8(0x80)).view(np.int8) if code == "b" else symbols
+
+
 def _blocks(values: Bytes, unit: int) -> list[tuple[slice, Bytes]]:
     """The whole units as a matrix, and the shorter last one as another; slices are of unit numbers."""
     whole = len(values) // unit

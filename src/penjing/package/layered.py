@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penjing.errors import InputError
-from penjing.package import archive, codecs, grids, ladders, layout, nested
+from penjing.package import archive, codecs, grids, ladders, layout, nested, prediction
 from penjing.package.assembly import Assembly
 from penjing.package.ladders import MAX_LAYERS, Bins, Ladder, Planes, weights_of
 from penjing.package.layout import Index, Part
@@ -72,9 +72,9 @@ class Layered:
         self._topology = archive.utf8(topology)
         self._tensors = tuple(archive.described(name, array) for name, array in arrays.items())
         self._flat = [archive.flat(array) for array in arrays.values()]
-        self._symbols = {
-            i: grids.symbols(a) for i, (t, a) in enumerate(zip(self._tensors, self._flat, strict=True)) if t.is_grid
-        }
+        self._exact = self._on_grid()
+        self._predictors = archive.predicted(self._tensors, self._flat)
+        self._symbols = self._on_grid()  # of what prediction leaves: layers cut through that
         self._harms = self._weighed(arrays, harms)
         self._bundles = divide(self._tensors)
         with progress.task("coding layers") as advance:
@@ -130,6 +130,7 @@ class Layered:
             models=self._models if any(p.codec in (codecs.GRID, codecs.NESTED) for p in self._parts) else (),
             metadata=metadata,
             ladders=tuple(self._ladders),
+            predictors=self._predictors,
         )
 
     # ---------------------------------------------------------------------------------------------------- what to cut
@@ -152,12 +153,17 @@ class Layered:
     def _values(self, i: int) -> Floats:
         """A tensor's values as a squared error is taken of them: codes from their centre, or floats."""
         if self._tensors[i].is_grid:
-            return np.asarray(self._symbols[i].astype(np.float64) - self._centre(i))
+            return np.asarray(self._exact[i].astype(np.float64) - self._centre(i, self._exact[i]))
         return np.nan_to_num(self._flat[i].astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _centre(self, i: int) -> int:
+    def _on_grid(self) -> dict[int, Bytes]:
+        return {
+            i: grids.symbols(a) for i, (t, a) in enumerate(zip(self._tensors, self._flat, strict=True)) if t.is_grid
+        }
+
+    def _centre(self, i: int, symbols: Bytes) -> int:
         """The code from which bins are laid out to both sides: zero, or the most frequent one of an unsigned grid."""
-        return 128 if self._tensors[i].code == "b" else int(np.bincount(self._symbols[i], minlength=1).argmax())
+        return 128 if self._tensors[i].code == "b" else int(np.bincount(symbols, minlength=1).argmax())
 
     def _planned(self) -> tuple[tuple[Model, ...], dict[Piece, grids.Assignment]]:
         on_grid = [p for pieces in self._bundles for p in pieces if self._tensors[p.tensor].is_grid]
@@ -208,7 +214,7 @@ class Layered:
         found: dict[tuple[int, int], list[int]] = {}
         for i, harm in self._harms.items():
             if self._tensors[i].is_grid:
-                found.setdefault((self._centre(i), round(math.log2(harm))), []).append(i)
+                found.setdefault((self._centre(i, self._symbols[i]), round(math.log2(harm))), []).append(i)
         return [_Class(tuple(members), centre, 2.0**octave) for (centre, octave), members in sorted(found.items())]
 
     def _priced(self, classes: list[_Class], before: list[list[list[int]]], target: float) -> list[list[int]]:
@@ -347,8 +353,16 @@ class Layered:
                 error = np.nan_to_num(near - exact.view("<f4"), nan=0.0, posinf=0.0, neginf=0.0)
         else:
             table = ladder.table(self._models, layer)[:, ladder.tables[layer - 1]]
-            values = self._symbols[i][place]
-            error = table[self._used[i][place], values].astype(np.float64) - values
+            predictor = self._predictors[i] if self._predictors else None
+            size = 1 if predictor is None else predictor.taps
+            wide = slice(piece.start // size * size, -(-piece.stop // size) * size)  # whole kernels
+            near = table[self._used[i][wide], self._symbols[i][wide]]
+            if predictor is not None:
+                kernels = predictor.part(wide.start // size, wide.stop // size)
+                near = prediction.restore([near], [kernels])[0]
+            error = (near.astype(np.float64) - self._exact[i][wide])[piece.start - wide.start :][
+                : piece.stop - piece.start
+            ]
         return self._harms[i] * float(error @ error)
 
 

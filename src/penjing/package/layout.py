@@ -10,19 +10,21 @@ import struct
 from typing import Any, NoReturn
 
 from penjing.errors import InputError, PackageError
-from penjing.package import ladders, zstd
+from penjing.package import ladders, prediction, zstd
 from penjing.package.claims import bad_index, field, naturals
 from penjing.package.codecs import NAMES, NESTED, PARENT, PHRASES, STORED, ZSTD
 from penjing.package.ladders import Ladder
 from penjing.package.models import Model, pack_models, unpack_models
 from penjing.package.pieces import CODES, MAX_PART, Piece, Tensor, in_part_order
+from penjing.package.prediction import Predictor
 
 MAGIC = b"\x89PJG\r\n\x1a\n"
 VERSION = 1
 LAYERED = 1 << 0  # required feature: parts hold layers of tensors (package/ladders.py)
 DELTA = 1 << 1  # required feature: tensors are differences from those of another package (package/delta.py)
 SEALED = 1 << 2  # required feature: the parts are encrypted (package/sealing.py)
-KNOWN_REQUIRED = LAYERED | DELTA | SEALED  # bits of required features that this reader has
+PREDICTED = 1 << 3  # required feature: kernels are coded as what prediction leaves (package/prediction.py)
+KNOWN_REQUIRED = LAYERED | DELTA | SEALED | PREDICTED  # bits of required features that this reader has
 _HEADER = struct.Struct("<8sBHHIII")
 HEADER_SIZE = _HEADER.size + 32
 
@@ -62,7 +64,8 @@ class Header:
 class Index:
     """All that is known before the first part is read. The topology is the first part; `pieces` of it is empty.
 
-    ladders: of a layered package, that of each tensor. delta: of a delta, what it says of its parent.
+    ladders: of a layered package, that of each tensor; predictors: that of each tensor, where any has one. delta: of a
+    delta, what it says of its parent.
     """
 
     tensors: tuple[Tensor, ...]
@@ -72,6 +75,7 @@ class Index:
     models: tuple[Model, ...]
     metadata: dict[str, Any]
     ladders: tuple[Ladder | None, ...] = ()
+    predictors: tuple[Predictor | None, ...] = ()
     delta: dict[str, Any] | None = None
 
     @property
@@ -107,6 +111,9 @@ def pack(index: Index, *, required: int = 0, optional: int = 0) -> bytes:
     if index.ladders:
         required |= LAYERED
         front |= ladders.pack(index.ladders)
+    if index.predictors:
+        required |= PREDICTED
+        front |= prediction.pack(index.predictors)
     if index.delta is not None:
         required |= DELTA
         front["delta"] = index.delta
@@ -207,6 +214,7 @@ def parse_index(head: bytes | memoryview, body: bytes | memoryview, size: int | 
         models=unpack_models(body[header.json_stored + len(digests) :]),
         metadata=field(front, "metadata", dict) if "metadata" in front else {},
         ladders=steps,
+        predictors=prediction.parse(front, tensors) if header.required & PREDICTED else (),
         delta=field(front, "delta", dict) if is_delta else None,
     )
     total = front_size + index.stored
