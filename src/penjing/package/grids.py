@@ -31,8 +31,8 @@ from penjing.package.models import (
 _BY_UNIT = 255
 _SAMPLE = 2000  # rows looked at to find the clusters
 _KEPT = 20_000  # rows whose histograms are kept for a second round
-_MANY = 1_000_000  # symbols from which decoding speed is worth a quarter of a percent
-_SLACK = 0.0025
+_MANY = 1_000_000  # symbols from which decoding speed is worth some of the bytes
+_SLACK = 0.004
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -356,13 +356,12 @@ class Layered:
             predictor = self._predictors[i] if self._predictors else None
             size = 1 if predictor is None else predictor.taps
             wide = slice(piece.start // size * size, -(-piece.stop // size) * size)  # whole kernels
-            near = table[self._used[i][wide], self._symbols[i][wide]]
+            coarse = table[self._used[i][wide], self._symbols[i][wide]]
             if predictor is not None:
                 kernels = predictor.part(wide.start // size, wide.stop // size)
-                near = prediction.restore([near], [kernels])[0]
-            error = (near.astype(np.float64) - self._exact[i][wide])[piece.start - wide.start :][
-                : piece.stop - piece.start
-            ]
+                coarse = prediction.restore([coarse], [kernels])[0]
+            error = coarse.astype(np.float64) - self._exact[i][wide]
+            error = error[piece.start - wide.start :][: piece.stop - piece.start]
         return self._harms[i] * float(error @ error)
 
 

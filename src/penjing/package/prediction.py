@@ -32,6 +32,7 @@ _SAMPLE = 1 << 16  # kernels of a tensor that a predictor is fitted to, about
 _FRONT_BITS = 200.0  # what a predictor costs to send, besides `_WEIGHT_BITS` for each of its weights
 _WEIGHT_BITS = 8.0
 _PLAIN_BITS = 12.0  # and what the number of a kernel does
+_LOW, _HIGH = np.int16(-128), np.int16(127)
 _USUAL = 0.5  # a tensor with more values alike than this share is the sparse codec's, or small anyway
 
 
@@ -67,42 +68,46 @@ def choose(tensors: Sequence[Tensor], values: Mapping[int, Bytes]) -> tuple[tupl
     chosen: dict[int, Predictor] = {}
     coded = dict(values)
     for size in sorted({taps(tensors[i]) for i in values} - {0}):
-        members = [i for i in values if taps(tensors[i]) == size and not _is_sparse(values[i])]
+        members = [i for i in values if taps(tensors[i]) == size]
+        plain = {i: np.bincount(values[i], minlength=256) for i in members}
+        members = [i for i in members if plain[i].max() < _USUAL * len(values[i])]
         if not members:
             continue
-        grams = [_gram(values[i], size) for i in members]
-        shared, saved, cost = _fitted(sum(grams)), 0.0, _FRONT_BITS + _WEIGHT_BITS * _count(size)
-        by_shared: dict[int, tuple[Predictor, Bytes]] = {}
-        for i, gram in zip(members, grams, strict=True):
-            plain = _bits(values[i])
-            near, own = apart(values[i], shared), apart(values[i], _fitted(gram))
-            near_bits, own_bits = _cost(near), _cost(own) + cost
-            if own_bits < min(plain, near_bits):
-                chosen[i], coded[i] = own
-            elif near_bits < plain:
-                by_shared[i], saved = near, saved + plain - near_bits
-        if saved > cost:
-            for i, (predictor, bytes_) in by_shared.items():
-                chosen[i], coded[i] = predictor, bytes_
+        cost = _FRONT_BITS + _WEIGHT_BITS * _count(size)
+        common, *weights = _fitted(members, values, size, cost)
+        for shared in dict.fromkeys([common, *weights]):
+            group = [i for i, own in zip(members, weights, strict=True) if own == shared]
+            made = apart([values[i] for i in group], shared) if group else []
+            saved = {i: _bits(plain[i]) - _cost(*m) for i, m in zip(group, made, strict=True)}
+            if sum(max(bits, 0.0) for bits in saved.values()) > cost:
+                for i, (predictor, left) in zip(group, made, strict=True):
+                    if saved[i] > 0:
+                        chosen[i], coded[i] = predictor, left
     predictors = tuple(chosen.get(i) for i in range(len(tensors))) if chosen else ()
     return predictors, [coded[i] for i in values]
 
 
-def apart(values: Bytes, weights: Weights) -> tuple[Predictor, Bytes]:
+def apart(values: Sequence[Bytes], weights: Weights) -> list[tuple[Predictor, Bytes]]:
     """What to code of whole kernels: 128 + value - prediction; kernels in which that is no byte stay plain.
 
     A reader could tell such values by modulo 256, but not while it knows their neighbours coarsely.
     """
-    kernels = values.reshape(-1, len(weights) + 1)
+    size = len(weights) + 1
+    kernels = np.concatenate(values).reshape(-1, size)
     out, odd = np.empty_like(kernels), np.zeros(len(kernels), dtype=bool)
-    for span, planes in _chunks(values, len(weights) + 1):
-        out[span, 0] = planes[0] + 128
+    for span, planes in _chunks(kernels):
+        left = np.empty_like(planes)
+        left[0] = planes[0] + 128
         for tap, own in enumerate(weights, 1):
-            left = planes[tap] - _predicted(planes, tap, own) + 128
-            out[span, tap] = left.astype(np.uint8)
-            odd[span] |= (left < 0) | (left > 255)
+            np.subtract(planes[tap] + 128, _predicted(planes, tap, own), out=left[tap])
+        out[span] = left.astype(np.uint8).T
+        odd[span] = (left.view(np.uint16) > 255).any(axis=0)
     out[odd] = kernels[odd]
-    return Predictor(weights, tuple(np.flatnonzero(odd).tolist())), out.reshape(-1)
+    edges = np.cumsum([len(v) // size for v in values])[:-1]
+    return [
+        (Predictor(weights, tuple(np.flatnonzero(own).tolist())), left.reshape(-1))
+        for own, left in zip(np.split(odd, edges), np.split(out, edges), strict=True)
+    ]
 
 
 def restore(coded: Sequence[Bytes], predictors: Sequence[Predictor]) -> list[Bytes]:
@@ -111,25 +116,26 @@ def restore(coded: Sequence[Bytes], predictors: Sequence[Predictor]) -> list[Byt
     What is known coarsely may lead out of the range; it is cut off there.
     """
     size, weights = predictors[0].taps, predictors[0].weights
-    together = np.concatenate(coded)
-    out = np.empty((len(together) // size, size), dtype=np.uint8)
-    for span, planes in _chunks(together, size):
+    together = np.concatenate(coded).reshape(-1, size)
+    out = np.empty_like(together)
+    for span, planes in _chunks(together):
         for tap, own in enumerate(weights, 1):
-            planes[tap] += _predicted(planes, tap, own)
-            np.clip(planes[tap], -128, 127, out=planes[tap])
-        out[span] = (planes + 128).astype(np.uint8).T
+            total = planes[tap]
+            total += _predicted(planes, tap, own)
+            np.minimum(np.maximum(total, _LOW, out=total), _HIGH, out=total)
+        planes += 128
+        out[span] = planes.astype(np.uint8).T
     first = 0
-    for predictor, bytes_ in zip(predictors, coded, strict=True):
-        plain = np.array(predictor.plain, dtype=np.intp)
-        out[first + plain] = bytes_.reshape(-1, size)[plain]
-        first += len(bytes_) // size
+    for predictor, values in zip(predictors, coded, strict=True):
+        plain = first + np.array(predictor.plain, dtype=np.intp)
+        out[plain] = together[plain]
+        first += len(values) // size
     return np.split(out.reshape(-1), np.cumsum([len(c) for c in coded])[:-1])
 
 
-def _chunks(values: Bytes, size: int) -> Iterator[tuple[slice, NDArray[np.int16]]]:
+def _chunks(kernels: Bytes) -> Iterator[tuple[slice, NDArray[np.int16]]]:
     """Kernels, some at a time, as one array a tap, with their signs."""
-    kernels = values.reshape(-1, size)
-    step = _CHUNK // size
+    step = _CHUNK // kernels.shape[1]
     for start in range(0, len(kernels), step):
         span = slice(start, start + step)
         planes = kernels[span].T.astype(np.int16, order="C")
@@ -148,36 +154,53 @@ def _predicted(planes: NDArray[np.int16], tap: int, weights: Sequence[int]) -> N
 
 
 # ------------------------------------------------------------------------------------------------------- choosing
-def _is_sparse(values: Bytes) -> bool:
-    return int(np.bincount(values).max()) >= _USUAL * len(values)
+def _fitted(members: Sequence[int], values: Mapping[int, Bytes], size: int, cost: float) -> list[Weights]:
+    """The weights to share, then each tensor's: the shared ones, or its own where that saves more bits than `cost`."""
+    grams = np.array([_gram(values[i], size) for i in members])
+    together = grams.sum(axis=0)[None]
+    shared, own = _solved(together, grams), _solved(grams, grams)
+    counts = np.array([len(values[i]) / size for i in members])
+    # Bits between Gaussians of the two variances, for each tap.
+    gained = counts * np.log2(shared[1] / own[1]).sum(axis=1) / 2
+    common = _rows(shared[0][0])
+    return [common, *(_rows(own[0][n]) if gained[n] > cost else common for n in range(len(members)))]
 
 
 def _gram(values: Bytes, size: int) -> Floats:
     """Sums of products of taps with each other; integers, and so the same on every machine."""
     kernels = values.reshape(-1, size)
-    kernels = kernels[:: -(-len(kernels) // _SAMPLE)].astype(np.float64) - 128
-    return np.asarray(kernels.T @ kernels)
+    some = kernels[:: -(-len(kernels) // _SAMPLE)].astype(np.float64) - 128
+    return np.asarray(some.T @ some)
 
 
-def _fitted(gram: Floats) -> Weights:
-    """Least squares for each tap, a little damped."""
-    size, out = len(gram), []
-    damping = np.eye(size) * (1e-3 * np.trace(gram) / size + 1.0)
+def _solved(grams: Floats, tried: Floats) -> tuple[Floats, Floats]:
+    """Least squares for each tap, a little damped: (grams, taps, taps) weights in 64ths, tap by tap before it, and the
+    variances, up to a factor, (tried, taps - 1) that they leave where the products are `tried`."""
+    size = grams.shape[1]
+    out = np.zeros((len(grams), size, size))
+    left = np.empty((len(tried), size - 1))
+    damped = grams + np.eye(size) * (1e-3 * np.trace(grams, axis1=1, axis2=2) / size + 1.0)[:, None, None]
     for tap in range(1, size):
         near = slice(max(0, tap - _REACH), tap)
-        weights = np.linalg.solve(gram[near, near] + damping[near, near], gram[near, tap])
-        out.append(tuple(np.clip(np.rint(weights * (1 << _SHIFT)), -127, 127).astype(int).tolist()))
-    return tuple(out)
+        found = np.linalg.solve(damped[:, near, near], grams[:, near, tap, None])[..., 0]
+        out[:, tap, near] = np.clip(np.rint(found * (1 << _SHIFT)), -127, 127)
+        error = np.eye(size)[tap] - out[:, tap] / (1 << _SHIFT)
+        left[:, tap - 1] = np.maximum(((tried @ error[:, :, None])[..., 0] * error).sum(axis=1), 1.0)
+    return out, left
 
 
-def _cost(made: tuple[Predictor, Bytes]) -> float:
-    return _bits(made[1]) + _PLAIN_BITS * len(made[0].plain)
+def _rows(weights: Floats) -> Weights:
+    whole = weights.astype(int).tolist()
+    return tuple(tuple(whole[tap][max(0, tap - _REACH) : tap]) for tap in range(1, len(whole)))
 
 
-def _bits(values: Bytes) -> float:
-    counts = np.bincount(values, minlength=256)
+def _cost(predictor: Predictor, left: Bytes) -> float:
+    return _bits(np.bincount(left, minlength=256)) + _PLAIN_BITS * len(predictor.plain)
+
+
+def _bits(counts: NDArray[np.intp]) -> float:
     counts = counts[counts > 0]
-    return float(counts @ (np.log2(len(values)) - np.log2(counts)))
+    return float(counts @ (np.log2(counts.sum()) - np.log2(counts)))
 
 
 # ---------------------------------------------------------------------------------------------------------- index
@@ -218,13 +241,15 @@ def parse(front: Mapping[str, Any], tensors: Sequence[Tensor]) -> tuple[Predicto
 def _weights(row: Any) -> Weights:
     if not isinstance(row, list) or any(type(w) is not int or not -128 < w < 128 for w in row):
         bad_index("a predictor is not understood")
-    size = next((size for size in range(2, MAX_TAPS + 1) if _count(size) == len(row)), 0)
-    if not size:
+    if len(row) not in _SIZES:
         bad_index("a predictor fits no kernel")
     weights = iter(row)
-    return tuple(tuple(next(weights) for _ in range(min(tap, _REACH))) for tap in range(1, size))
+    return tuple(tuple(next(weights) for _ in range(min(tap, _REACH))) for tap in range(1, _SIZES[len(row)]))
 
 
 def _count(size: int) -> int:
     """Number of weights for kernels of `size` taps."""
     return sum(min(tap, _REACH) for tap in range(1, size))
+
+
+_SIZES = {_count(size): size for size in range(2, MAX_TAPS + 1)}
