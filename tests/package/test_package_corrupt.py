@@ -79,7 +79,7 @@ CASES = {
     # the future
     "newer version": (rebuilt(lambda p: set_field(p, "version", 2)), "format version 2, this penjing reads up to 1"),
     "version 0": (rebuilt(lambda p: set_field(p, "version", 0)), "format version 0"),
-    "unknown feature": (rebuilt(lambda p: set_field(p, "required", 0b11000)), "needs feature 3, 4"),
+    "unknown feature": (rebuilt(lambda p: set_field(p, "required", 0b110000)), "needs feature 4, 5"),
     "unknown codec": (part(0, 9, 10, 3), "uses codec 9"),
     # sizes
     "huge index": (size_field(13, 2**32 - 1), "absurd size"),

@@ -53,7 +53,7 @@ def encode(
             forms += [] if coded is None else [(SPARSE, coded)]
     else:
         forms.append((PLANES, planes.encode(arrays)))
-    frame = zstd.compress(raw, worth=min(len(data) for _, data in forms))
+    frame = zstd.compress(raw, worth=min(len(data) for _, data in forms), hurry=assigned is not None)
     if frame is not None:
         forms.append((ZSTD, frame))
     return min(forms, key=lambda form: len(form[1]))

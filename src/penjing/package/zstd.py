@@ -10,21 +10,27 @@ import zstandard
 
 from penjing.errors import PackageError
 
+_LEVEL = 19
+_HURRIED = 9
+_LARGE = 256 << 10  # bytes from which hurry is heeded
 _SMALL = 16 << 10  # bytes up to which the strongest level is always tried
 _MAX_WINDOW = 128 << 20
 
 
-def compress(data: bytes, *, worth: int | None = None, phrases: bool = False, known: bytes = b"") -> bytes | None:
+def compress(
+    data: bytes, *, worth: int | None = None, hurry: bool = False, phrases: bool = False, known: bytes = b""
+) -> bytes | None:
     """A frame of `data`; None if it would not come below `worth` bytes, which a quick trial tells.
 
     With `phrases` it may point into phrases.txt, what topologies usually say: a reader needs that file. With `known` it
     may point into those bytes.
 
     The trial finds what a coder of single symbols cannot see, repetition; without any, the slow level gains nothing.
+    hurry: for many bytes a level that is ten times as fast, and finds long repeats as well.
     """
     if worth is not None and len(data) > _SMALL and len(_frame(data, 3)) > worth:
         return None
-    return _frame(data, 19, phrases, known)
+    return _frame(data, _HURRIED if hurry and len(data) > _LARGE else _LEVEL, phrases, known)
 
 
 def decompress(frame: bytes | memoryview, size: int, *, phrases: bool = False, known: bytes = b"") -> bytes:
