@@ -2,7 +2,8 @@
 
 0 stored: the pieces' little-endian bytes. 1 zstd: one frame of the same. 2 grids: grids.py. 3 planes: planes.py.
 4 sparse: sparse.py. 5 phrases: zstd that may point into phrases.txt; of texts, the topology. 6 nested: nested.py, of
-layered packages. 7 parent: zstd that may point into another text; of the topology of deltas.
+layered packages. 7 parent: zstd that may point into another text; of the topology of deltas. 8 clusters: planes with
+several models for one plane.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from penjing.package import grids, planes, sparse, zstd
 from penjing.package.models import Model
 from penjing.package.pieces import GRIDS, Spec
 
-STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES, NESTED, PARENT = range(8)
-NAMES = ("stored", "zstd", "grids", "planes", "sparse", "phrases", "nested", "parent")
+STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES, NESTED, PARENT, CLUSTERS = range(9)
+NAMES = ("stored", "zstd", "grids", "planes", "sparse", "phrases", "nested", "parent", "clusters")
 
 Array = NDArray[np.generic]
 
@@ -49,10 +50,11 @@ def encode(
         forms.append((GRID, grids.encode(wanted, assigned, models)))
         sheets = [sparse.Sheet(values=g.values, row=s.row) for g, s in zip(wanted, specs, strict=True)]
         if sparse.worthwhile(sheets):
-            coded = sparse.encode(sheets, worth=min(len(data) for _, data in forms))
-            forms += [] if coded is None else [(SPARSE, coded)]
+            found = sparse.encode(sheets, worth=min(len(data) for _, data in forms))
+            forms += [] if found is None else [(SPARSE, found)]
     else:
-        forms.append((PLANES, planes.encode(arrays)))
+        coded, clustered = planes.encode(arrays)
+        forms.append((CLUSTERS if clustered else PLANES, coded))
     frame = zstd.compress(raw, worth=min(len(data) for _, data in forms), hurry=assigned is not None)
     if frame is not None:
         forms.append((ZSTD, frame))
@@ -67,8 +69,8 @@ def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[
         found = grids.decode(payload, _sizes(specs), models) if codec == GRID else sparse.decode(payload, _rows(specs))
         for values, spec in zip(found, specs, strict=True):
             out.append(grids.values(values, spec.code))
-    elif codec == PLANES:
-        out = planes.decode(payload, specs)
+    elif codec in (PLANES, CLUSTERS):
+        out = planes.decode(payload, specs, clustered=codec == CLUSTERS)
     elif codec in (NESTED, PARENT):
         raise PackageError(
             f"a part uses the codec {NAMES[codec]} where it cannot be", hint="the package was made by a faulty writer"
@@ -101,7 +103,7 @@ def shares(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[
     if codec == SPARSE:
         _only_grids(specs)
         return sparse.shares(payload, _rows(specs))
-    if codec == PLANES:
+    if codec in (PLANES, CLUSTERS):
         return planes.shares(payload, specs)
     return [float(s.nbytes) for s in specs]
 

@@ -82,8 +82,8 @@ def _histograms(grid: Grid, every: int = 1) -> Floats:
     return np.concatenate(out).astype(np.float64) if out else np.zeros((0, 256))
 
 
-def plan(grids: Sequence[Grid]) -> tuple[tuple[Model, ...], list[Assignment]]:
-    """The models for all of a network's grids, and who uses which."""
+def plan(grids: Sequence[Grid], *, hurry: bool = True) -> tuple[tuple[Model, ...], list[Assignment]]:
+    """The models for all of a network's grids, and who uses which. hurry: whether many are made fast to decode."""
     total = sum(len(g.values) for g in grids)
     if not total:
         return (), [Assignment(models=np.zeros(0, dtype=np.uint8), single=True) for _ in grids]
@@ -97,7 +97,7 @@ def plan(grids: Sequence[Grid]) -> tuple[tuple[Model, ...], list[Assignment]]:
         held = rows > 0
         assigned, counts = _assign(grids, centres(counts[held], rows[held]), kept)
     used = np.flatnonzero(counts.sum(axis=1))
-    slack = _SLACK if total >= _MANY else 0.0
+    slack = _SLACK if hurry and total >= _MANY else 0.0
     models = tuple(best_model(counts[k].astype(np.int64), slack=slack) for k in used)
     renumber = np.zeros(len(counts), dtype=np.uint8)
     renumber[used] = np.arange(len(used))

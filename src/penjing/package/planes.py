@@ -6,7 +6,8 @@ that of ZipNN (Hershcovitch et al. 2024).
 
 A part's bytes, for each width of 1, 2, 4, 8 bytes that occurs: u8 (1: sign turned); then for each plane, lowest first,
 u8 form and: 0 the bytes; 1 a length and a zstd frame; 2 a length and a symbol model, a length and a stream of grids.py;
-3 the one byte that fills it. Lengths are LEB128.
+3 the one byte that fills it; 4 bytes of a unit, a length and symbol models, a length and a stream of grids.py. Lengths
+are LEB128. Codec 8 alone may use form 4: layers differ in scale, and so do the exponents of their weights.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from penjing.package import grids, zstd
 from penjing.package.models import Bytes, best_model, pack_models, unpack_models
 from penjing.package.pieces import Spec
 
-_RAW, _ZSTD, _MODEL, _CONSTANT = range(4)
+_RAW, _ZSTD, _MODEL, _CONSTANT, _CLUSTERS = range(5)
 _WIDTHS = (1, 2, 4, 8)
+_UNIT = 256  # bytes that share a model, where there are several
+_LEAST_UNIT = 64
+_FLAT = 7.0  # bits of entropy of a plane which differs little from place to place
 
 
-def encode(arrays: list[NDArray[np.generic]]) -> bytes:
-    """One part's bytes; `arrays` are flat and little-endian."""
-    out = bytearray()
+def encode(arrays: list[NDArray[np.generic]]) -> tuple[bytes, bool]:
+    """One part's bytes, and whether they use several models for a plane; `arrays` are flat and little-endian."""
+    out, clustered = bytearray(), False
     for width in _WIDTHS:
         chosen = [a for a in arrays if a.dtype.itemsize == width and a.size]
         if not chosen:
@@ -38,11 +42,12 @@ def encode(arrays: list[NDArray[np.generic]]) -> bytes:
         better = _entropy(turned) < _entropy(plain)
         out.append(int(better))
         for plane in turned if better else plain:
-            out += _encode_plane(np.ascontiguousarray(plane))
-    return bytes(out)
+            form = _encode_plane(np.ascontiguousarray(plane))
+            out, clustered = out + form, clustered or form[0] == _CLUSTERS
+    return bytes(out), clustered
 
 
-def decode(payload: memoryview, specs: list[Spec]) -> list[NDArray[np.generic]]:
+def decode(payload: memoryview, specs: list[Spec], *, clustered: bool = False) -> list[NDArray[np.generic]]:
     """The flat little-endian arrays; raises PackageError for bytes that no writer makes."""
     cursor = _Cursor(payload)
     out: list[NDArray[np.generic]] = [np.zeros(s.size, dtype=s.dtype) for s in specs]
@@ -56,7 +61,7 @@ def decode(payload: memoryview, specs: list[Spec]) -> list[NDArray[np.generic]]:
             raise _damaged()
         planes = np.empty((count, width), dtype=np.uint8)
         for i in range(width):
-            planes[:, i] = _decode_plane(cursor, count)
+            planes[:, i] = _decode_plane(cursor, count, clustered)
         values = planes.reshape(-1).view(f"<u{width}")
         if turned:
             values = (values >> 1) | (values << (8 * width - 1))
@@ -86,9 +91,11 @@ def shares(payload: memoryview, specs: list[Spec]) -> list[float]:
 
 def _skip_plane(cursor: _Cursor, count: int) -> None:
     form = cursor.byte()
-    if form > _CONSTANT:
+    if form > _CLUSTERS:
         raise _damaged()
-    if form == _MODEL:
+    if form == _CLUSTERS:
+        cursor.length()
+    if form in (_MODEL, _CLUSTERS):
         cursor.take(cursor.length())
     cursor.take(count if form == _RAW else 1 if form == _CONSTANT else cursor.length())
 
@@ -117,19 +124,26 @@ def _encode_plane(plane: Bytes) -> bytes:
         return bytes([_CONSTANT, int(plane[0])])
     forms = [bytes([_RAW]) + plane.tobytes()]
     # A plane without a pattern of its own (mantissa bits) is not worth a coder.
-    if _entropy([plane]) < 7.98 * min(len(plane), 1 << 18):
+    entropy = _entropy([plane]) / min(len(plane), 1 << 18)
+    if entropy < 7.98:
         model = best_model(counts)
         table = pack_models([model])
         single = grids.Assignment(models=np.zeros(1, dtype=np.uint8), single=True)
         stream = grids.encode([grids.Grid(values=plane, unit=len(plane))], [single], [model])
         forms.append(bytes([_MODEL]) + _length(len(table)) + table + _length(len(stream)) + stream)
+    if entropy < _FLAT and len(plane) > _UNIT:
+        units = [grids.Grid(values=plane, unit=_UNIT)]
+        models, assigned = grids.plan(units, hurry=False)
+        table, stream = pack_models(models), grids.encode(units, assigned, models)
+        front = bytes([_CLUSTERS]) + _length(_UNIT) + _length(len(table)) + table
+        forms.append(front + _length(len(stream)) + stream)
     frame = zstd.compress(plane.tobytes(), worth=min(map(len, forms)))
     if frame is not None:
         forms.append(bytes([_ZSTD]) + _length(len(frame)) + frame)
     return min(forms, key=len)
 
 
-def _decode_plane(cursor: _Cursor, count: int) -> Bytes:
+def _decode_plane(cursor: _Cursor, count: int, clustered: bool) -> Bytes:
     form = cursor.byte()
     if form == _RAW:
         return np.frombuffer(cursor.take(count), dtype=np.uint8)
@@ -140,6 +154,12 @@ def _decode_plane(cursor: _Cursor, count: int) -> Bytes:
         if len(models) != 1:
             raise _damaged()
         return grids.decode(cursor.take(cursor.length()), [(count, count)], models)[0]
+    if form == _CLUSTERS and clustered:
+        unit = cursor.length()
+        models = unpack_models(cursor.take(cursor.length()))
+        if unit < _LEAST_UNIT:
+            raise _damaged()
+        return grids.decode(cursor.take(cursor.length()), [(count, unit)], models)[0]
     if form == _CONSTANT:
         return np.full(count, cursor.byte(), dtype=np.uint8)
     raise _damaged()
