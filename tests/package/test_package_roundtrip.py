@@ -242,5 +242,16 @@ def test_topologies_are_made_of_known_phrases(small):
 
 
 def test_the_codec_table_is_frozen():
-    assert codecs.NAMES == ("stored", "zstd", "grids", "planes", "sparse", "phrases", "nested", "parent", "clusters")
+    assert codecs.NAMES == (
+        "stored",
+        "zstd",
+        "grids",
+        "planes",
+        "sparse",
+        "phrases",
+        "nested",
+        "parent",
+        "clusters",
+        "numbers",
+    )
     assert layout.VERSION == 1 and layout.HEADER_SIZE == 57

@@ -3,7 +3,7 @@
 0 stored: the pieces' little-endian bytes. 1 zstd: one frame of the same. 2 grids: grids.py. 3 planes: planes.py.
 4 sparse: sparse.py. 5 phrases: zstd that may point into phrases.txt; of texts, the topology. 6 nested: nested.py, of
 layered packages. 7 parent: zstd that may point into another text; of the topology of deltas. 8 clusters: planes with
-several models for one plane.
+several models for one plane. 9 numbers: texts.py, of texts.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penjing.errors import PackageError
-from penjing.package import grids, planes, sparse, zstd
+from penjing.package import grids, planes, sparse, texts, zstd
 from penjing.package.models import Model
 from penjing.package.pieces import GRIDS, Spec
 
-STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES, NESTED, PARENT, CLUSTERS = range(9)
-NAMES = ("stored", "zstd", "grids", "planes", "sparse", "phrases", "nested", "parent", "clusters")
+STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES, NESTED, PARENT, CLUSTERS, NUMBERS = range(10)
+NAMES = ("stored", "zstd", "grids", "planes", "sparse", "phrases", "nested", "parent", "clusters", "numbers")
 
 Array = NDArray[np.generic]
 
 
 def encode_text(text: bytes, parent: bytes = b"") -> tuple[int, bytes]:
     """The codec that makes a text smallest, and its bytes; with the text of a `parent` to point into."""
-    forms = [(STORED, text), (ZSTD, zstd.compress(text)), (PHRASES, zstd.compress(text, phrases=True))]
+    forms = [
+        (STORED, text),
+        (ZSTD, zstd.compress(text)),
+        (PHRASES, zstd.compress(text, phrases=True)),
+        (NUMBERS, texts.encode(text)),
+    ]
     if parent:
         forms.append((PARENT, zstd.compress(text, known=parent)))
     return min(((codec, data) for codec, data in forms if data is not None), key=lambda form: len(form[1]))
@@ -36,6 +41,8 @@ def decode_text(codec: int, payload: memoryview, size: int, parent: bytes = b"")
     """The `size` bytes of a text; raises PackageError for bytes that no writer makes."""
     if codec == STORED:
         return bytes(payload)
+    if codec == NUMBERS:
+        return texts.decode(payload, size)
     return zstd.decompress(payload, size, phrases=codec == PHRASES, known=parent if codec == PARENT else b"")
 
 
@@ -71,7 +78,7 @@ def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[
             out.append(grids.values(values, spec.code))
     elif codec in (PLANES, CLUSTERS):
         out = planes.decode(payload, specs, clustered=codec == CLUSTERS)
-    elif codec in (NESTED, PARENT):
+    elif codec in (NESTED, PARENT, NUMBERS):
         raise PackageError(
             f"a part uses the codec {NAMES[codec]} where it cannot be", hint="the package was made by a faulty writer"
         )

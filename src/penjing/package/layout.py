@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from penjing.errors import InputError, PackageError
 from penjing.package import ladders, prediction, zstd
 from penjing.package.claims import bad_index, field, naturals
-from penjing.package.codecs import NAMES, NESTED, PARENT, PHRASES, STORED, ZSTD
+from penjing.package.codecs import NAMES, NESTED, NUMBERS, PARENT, PHRASES, STORED, ZSTD
 from penjing.package.ladders import Ladder
 from penjing.package.models import Model, pack_models, unpack_models
 from penjing.package.pieces import CODES, MAX_PART, Piece, Tensor, in_part_order
@@ -272,7 +272,7 @@ def fits(shape: list[int]) -> bool:
 
 def _topology(front: dict[str, Any], digest: bytes, is_delta: bool) -> tuple[Part, int]:
     values = naturals(field(front, "topology", list), "'topology'")
-    known = (STORED, ZSTD, PHRASES, PARENT) if is_delta else (STORED, ZSTD, PHRASES)
+    known = (STORED, ZSTD, PHRASES, NUMBERS, *((PARENT,) if is_delta else ()))
     if len(values) != 3 or values[0] not in known:
         bad_index("'topology' is not understood")
     codec, stored, raw = values
@@ -293,7 +293,7 @@ def _parts(
                 f"part {number} uses codec {values[0]}, which this penjing does not have",
                 hint="update penjing to read it",
             )
-        if values[0] == PARENT or (values[0] == NESTED and not steps):
+        if values[0] in (PARENT, NUMBERS) or (values[0] == NESTED and not steps):
             bad_index(f"part {number} uses the codec {NAMES[values[0]]} where it cannot be")
         checked.append(values)
     first = next((n for n, values in enumerate(checked) if len(values) > 4), len(checked))

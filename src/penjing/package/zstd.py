@@ -33,8 +33,11 @@ def compress(
     return _frame(data, _HURRIED if hurry and len(data) > _LARGE else _LEVEL, phrases, known)
 
 
-def decompress(frame: bytes | memoryview, size: int, *, phrases: bool = False, known: bytes = b"") -> bytes:
-    """The `size` bytes of one frame; raises PackageError if the frame says anything else."""
+def decompress(
+    frame: bytes | memoryview, size: int, *, less: bool = False, phrases: bool = False, known: bytes = b""
+) -> bytes:
+    """The `size` bytes of one frame (or, where `less` will do, up to so many); raises PackageError if the frame says
+    anything else."""
     try:
         # A size in the frame would overrule the limit given, so a frame with another size is refused before.
         declared = zstandard.frame_content_size(frame)
@@ -45,6 +48,8 @@ def decompress(frame: bytes | memoryview, size: int, *, phrases: bool = False, k
         data = decompressor.decompress(frame, max_output_size=max(size, 1), allow_extra_data=False)
     except (zstandard.ZstdError, ValueError, MemoryError) as error:
         raise PackageError("a zstd frame cannot be decoded", hint="get the package again") from error
+    if less and len(data) < size:  # once more, as the library sees bytes behind the frame only where the size is right
+        return decompress(frame, len(data), phrases=phrases, known=known)
     if len(data) != size:
         raise PackageError(f"a zstd frame holds {len(data)} bytes instead of {size}", hint="get the package again")
     return bytes(data)
@@ -61,7 +66,13 @@ def _known(phrases: bool, known: bytes) -> dict[str, Any]:
 
 @cache
 def _phrases() -> zstandard.ZstdCompressionDict:
-    return _dictionary(Path(__file__).with_name("phrases.txt").read_bytes())
+    return _dictionary(phrases_text())
+
+
+@cache
+def phrases_text() -> bytes:
+    """What topologies usually say."""
+    return Path(__file__).with_name("phrases.txt").read_bytes()
 
 
 def _dictionary(text: bytes) -> zstandard.ZstdCompressionDict:
