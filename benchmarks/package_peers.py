@@ -9,6 +9,7 @@ uint16 is bfloat16. nncodec gets integers as integers, which it codes without a 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import itertools
@@ -80,7 +81,8 @@ def with_nncodec(arrays: dict[str, np.ndarray]) -> Iterator[Made]:
     yield from tried
     best = min(tried, key=lambda one: one[0])[1]
     for scan, skip in ((0, True), (1, False), (1, True)):
-        yield made(**best, scan_order=scan, row_skipping=skip)
+        with contextlib.suppress(KeyError):  # it cannot scan some shapes in the other order
+            yield made(**best, scan_order=scan, row_skipping=skip)
 
 
 def with_zipnn(arrays: dict[str, np.ndarray]) -> Iterator[Made]:
