@@ -9,7 +9,7 @@ import typer
 
 from penjing.cli import options
 from penjing.cli.models import load_network
-from penjing.cli.outputs import output_file, output_folder
+from penjing.cli.outputs import output_package
 from penjing.cli.screen import Screen
 from penjing.errors import InputError
 
@@ -101,20 +101,12 @@ def pack(
 
 def _place(context: typer.Context, file: str | None, out: str | None, layout: str) -> Path:
     """Where the package goes, which stands as an argument or behind --out."""
-    from penjing.package import directory
-
-    directory.check(layout)
     if (file is None) == (out is None):
         raise InputError(
             "the package's FILE is missing" if file is None else "FILE is given twice",
             hint=f"{context.command_path} --help lists what it takes",
         )
-    text = file or out or ""
-    return (
-        output_folder(text, ours=directory.is_ours)
-        if layout == "directory"
-        else output_file(text, suffixes=(".penjing",))
-    )
+    return output_package(file or out or "", layout)
 
 
 def _beside(size: int, raw: int) -> str:

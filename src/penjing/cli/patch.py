@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from penjing.cli import options
-from penjing.cli.outputs import output_file, output_folder
+from penjing.cli.outputs import output_package
 from penjing.cli.screen import Screen
 
 
@@ -25,14 +25,9 @@ def patch(
     """
     from penjing.evaluation import words
     from penjing.package import delta as deltas
-    from penjing.package import directory
 
     screen: Screen = context.obj
-    directory.check(layout)
-    if layout == "directory":
-        path = output_folder(new, ours=directory.is_ours)
-    else:
-        path = output_file(new, suffixes=(".penjing",))
+    path = output_package(new, layout)
     with screen.task("patch"):
         size = deltas.patch(old, delta, path, layout=layout, progress=screen)
     screen.line(f"{path}: {words.size(size)}")

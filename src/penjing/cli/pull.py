@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from penjing.cli import options
-from penjing.cli.outputs import output_file, output_folder
+from penjing.cli.outputs import output_package
 from penjing.cli.screen import Screen
 from penjing.errors import InputError
 
@@ -43,15 +43,11 @@ def pull(
 
     [bold]penjing pull https://example.org/net.penjing[/]   [bold]penjing pull URL1 URL2 --out net.penjing[/]
     """
-    from penjing.package import directory, transfer
+    from penjing.package import transfer
 
     screen: Screen = context.obj
-    directory.check(layout)
     text = out or _called(urls[0], layout)
-    if layout == "directory":
-        path = output_folder(text, ours=directory.is_ours)
-    else:
-        path = output_file(text, suffixes=(".penjing",))
+    path = output_package(text, layout)
     screen.kept = f"what has come is kept in {path}.pull, the same command goes on there"
     done = transfer.pull(urls, path, until_bytes=until_bytes, layers=layers, jobs=jobs, layout=layout, progress=screen)
     came = f"{done.fetched_bytes:,} came now"
