@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from penjing.errors import OutputError
 from penjing.files import appearing, replace_folder
-from penjing.package.directory import MANIFEST, file_of, is_ours
+from penjing.package.directory import MANIFEST, file_of, is_ours, others
 from penjing.package.layout import Part
 from penjing.package.manifest import Manifest
 from penjing.package.volumes import join
@@ -98,11 +98,9 @@ class Arrivals:
 
     def finish(self, out: Path, layout: str) -> None:
         """Makes the package of the arrivals, which must be all there; the folder is gone afterwards."""
-        known = {MANIFEST, *map(file_of, self.front.parts)}
         with self._writing():
-            for file in self.folder.iterdir():
-                if file.name not in known:
-                    file.unlink()
+            for name in others(self.folder, self.front.parts):
+                (self.folder / name).unlink()
             if layout == "directory":
                 if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_ours(out))):
                     raise OutputError(f"{out} holds other files", hint="name a new or empty folder")

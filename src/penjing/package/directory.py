@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +37,11 @@ def is_package(folder: Path) -> bool:
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds nothing but a package, so that another may take its place."""
     return is_package(folder) and all(f.name == MANIFEST or _PART.fullmatch(f.name) for f in folder.iterdir())
+
+
+def others(folder: Path, parts: Iterable[Part]) -> list[str]:
+    """Names in a folder that are no files of its package."""
+    return sorted({f.name for f in folder.iterdir()} - {MANIFEST, *map(file_of, parts)})
 
 
 def check(layout: str) -> None:
