@@ -34,6 +34,7 @@ def test_a_directory_is_a_model(packed, penjing):
     assert told["package"] == penjing("inspect", "net.penjing", "--json").json["package"]
     assert penjing("unpack", "net", "a.safetensors").code == penjing("unpack", "net.penjing", "b.safetensors").code == 0
     assert (packed / "a.safetensors").read_bytes() == (packed / "b.safetensors").read_bytes()
+    assert (packed / "a.safetensors").stat().st_mode == (packed / "net.py").stat().st_mode  # for others to read, too
 
 
 def test_split_and_join(packed, penjing):
