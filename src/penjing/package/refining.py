@@ -57,9 +57,8 @@ class Refining:
 
     def read(self) -> tuple[str, dict[str, Array], dict[str, Any]]:
         """Topology, arrays as they are known, and metadata. Raises PackageError before the first layer is here."""
-        index, data = self._front.index, memoryview(self._front.data)
-        text = archive.topology_text(index, data[len(data) - index.topology.stored :])
-        return text, self._assembly.arrays(), index.metadata
+        text = archive.topology_text(self._front.index, self._front.topology)
+        return text, self._assembly.arrays(), self._front.index.metadata
 
     def require(self) -> None:
         """Raises PackageError that names the parts which are wanted and not here."""

@@ -19,6 +19,7 @@ from penjing.errors import InputError, TransferError
 from penjing.package import directory
 from penjing.package.arrivals import Arrivals
 from penjing.package.fetching import HEADWAY, Crew, Opened, Patience
+from penjing.package.layout import SEALED, parse_header
 from penjing.package.manifest import Manifest
 from penjing.package.sources import Gone, Passing, Source, Web, address, open_source, shown
 from penjing.progress import SILENT, Progress
@@ -55,6 +56,7 @@ def pull(
     *,
     until_bytes: int | None = None,
     layers: int | None = None,
+    layers_of: Callable[[Manifest], Sequence[int]] | None = None,
     jobs: int = 4,
     layout: str = "file",
     patience: Patience | None = None,
@@ -63,7 +65,9 @@ def pull(
     """Fetches a package from one or several http(s) URLs: packages, directories, volumes; mirrors, or each with some.
 
     until_bytes: end early, with the parts that lie within so many first bytes of the package; layers: with those of so
-    many quality layers. The next pull goes on. jobs: requests at a time. layout: of the result, "file" or "directory".
+    many quality layers. The next pull goes on. layers_of: tells the layer of each part of a package that hides it
+    (`sealing.layers_of` with a recipient's keys). jobs: requests at a time. layout: of the result, "file" or
+    "directory".
     Raises InputError for arguments that make no sense, TransferError where the servers do not give the package (what
     has come is kept), OutputError.
     """
@@ -79,25 +83,42 @@ def pull(
     directory.check(layout)
     out = Path(out)
 
+    def chosen(front: Manifest) -> list[int]:
+        return wanted(front, until_bytes, layers, layers_of)
+
     async def all_of_it() -> Pulled:
         web = Web(timeout=(patience or Patience()).timeout, connections=jobs)
         try:
-            return await _pull(
-                web, addresses, out, (until_bytes, layers), jobs, layout, patience or Patience(), progress
-            )
+            return await _pull(web, addresses, out, chosen, jobs, layout, patience or Patience(), progress)
         finally:
             await web.close()
 
     return _finished(all_of_it)
 
 
-def wanted(front: Manifest, until_bytes: int | None, layers: int | None = None) -> list[int]:
-    """Numbers of the parts to fetch: all, or those in the first bytes of the single file, and of the first layers."""
-    return [
-        n
-        for n, (part, end) in enumerate(zip(front.parts, front.offsets[1:], strict=True))
-        if (until_bytes is None or end <= until_bytes) and (layers is None or part.layer <= layers)
-    ]
+def wanted(
+    front: Manifest,
+    until_bytes: int | None,
+    layers: int | None = None,
+    layers_of: Callable[[Manifest], Sequence[int]] | None = None,
+) -> list[int]:
+    """Numbers of the parts to fetch: all, or those in the first bytes of the single file, and of the first layers.
+
+    Raises InputError where the layers of a sealed package are asked for and nothing tells them.
+    """
+    numbers = [n for n, end in enumerate(front.offsets[1:]) if until_bytes is None or end <= until_bytes]
+    if layers is None:
+        return numbers
+    if layers_of is not None:
+        found = layers_of(front)
+    elif parse_header(front.data).required & SEALED:
+        raise InputError(
+            "the package is sealed: only its recipients can tell its layers",
+            hint="give --identity KEY; or --until-bytes, as layers come one after another",
+        )
+    else:
+        found = [part.layer for part in front.parts]
+    return [n for n in numbers if found[n] <= layers]
 
 
 def _finished(work: Callable[[], Awaitable[T]]) -> T:
@@ -118,7 +139,7 @@ async def _pull(
     web: Web,
     addresses: list[httpx2.URL],
     out: Path,
-    limits: tuple[int | None, int | None],
+    chosen: Callable[[Manifest], list[int]],
     jobs: int,
     layout: str,
     patience: Patience,
@@ -129,7 +150,7 @@ async def _pull(
         with progress.task("asking for the manifest"):
             front = await _first(addresses, answers)
         folder = out.with_name(out.name + ".pull")
-        numbers = wanted(front, *limits)
+        numbers = chosen(front)
         due = {front.parts[n].digest: front.parts[n] for n in numbers}
         with Arrivals(folder, front, numbers) as arrivals:
             with progress.task("pulling (bytes)", sum(p.stored for p in due.values())) as advance:

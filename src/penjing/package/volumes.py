@@ -110,7 +110,7 @@ def split(
         for volume, run in zip(names, runs, strict=True):
             payloads = _payloads([source], run)
             if layout == "directory":
-                _fill(aside / volume, front, run, payloads, advance)
+                fill(aside / volume, front, run, payloads, advance)
                 continue
             with (aside / (volume + SUFFIX)).open("wb") as file:
                 file.write(_HEAD.pack(MAGIC, _VERSION, run.start, len(run), len(front.data)) + front.data)
@@ -148,7 +148,7 @@ def join(
     with progress.task("joining", len(every)) as advance:
         if layout == "directory":
             with appearing_folder(out, ours=directory.is_ours) as folder:
-                _fill(folder, front, every, _payloads(found, every), advance)
+                fill(folder, front, every, _payloads(found, every), advance)
             return out
         with appearing(out) as aside, aside.open("wb") as file:
             file.write(front.data)
@@ -208,7 +208,14 @@ def read_at(place: tuple[Path, int] | None, size: int) -> bytes | None:
         raise PackageError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _fill(folder: Path, front: Manifest, run: range, payloads: Iterator[bytes], advance: Callable[[int], None]) -> None:
+def fill(
+    folder: Path,
+    front: Manifest,
+    run: Iterable[int],
+    payloads: Iterable[bytes],
+    advance: Callable[[int], None],
+) -> None:
+    """Writes the manifest and the parts `run` into a folder."""
     folder.mkdir(exist_ok=True)
     (folder / MANIFEST).write_bytes(front.data)
     for number, payload in zip(run, payloads, strict=True):
