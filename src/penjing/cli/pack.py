@@ -11,6 +11,7 @@ from penjing.cli import options
 from penjing.cli.models import load_network
 from penjing.cli.outputs import output_package
 from penjing.cli.screen import Screen
+from penjing.cli.show import show_ladder
 from penjing.errors import InputError
 
 
@@ -66,7 +67,6 @@ def pack(
     [bold]penjing pack model.py:net net.penjing --max-drop 0.5 --data samples.npz --task classification[/]
     """
     import penjing as pj
-    from penjing import package
     from penjing.data import load_data
     from penjing.evaluation import words
 
@@ -92,9 +92,7 @@ def pack(
     screen.line(f"{path}: {words.size(size)} ({_beside(size, raw)} than the tensors themselves, {words.size(raw)})")
     found = {"schema": 1, "path": str(path), "bytes": size, "tensor_bytes": raw}
     if layers is not None:
-        ladder = package.inspect(path).ladder
-        screen.line("\n".join(map(str, ladder)))
-        found["ladder"] = [rung.to_dict() for rung in ladder]
+        found["ladder"] = show_ladder(screen, path)
     screen.emit(found)
     return 0
 
