@@ -53,7 +53,9 @@ def test_pull(packed, penjing, url, monkeypatch):
     for place in ("net.penjing", "net/", "net/manifest"):
         done = penjing("pull", f"{url}/{place}", "--json")
         assert done.code == 0 and done.json["path"] == "net.penjing" and done.json["complete"]
+        assert done.json["fetched_bytes"] > 0
         assert (packed / "here" / "net.penjing").read_bytes() == (packed / "net.penjing").read_bytes()
+        (packed / "here" / "net.penjing").unlink()
     assert penjing("pull", f"{url}/net", "--layout", "directory", "--until-bytes", "0").code == 0
     done = penjing("pull", f"{url}/net", "--layout", "directory", "--jobs", "1")
     assert done.code == 0 and "net: " in done.err

@@ -241,6 +241,35 @@ def test_a_newer_package_keeps_the_parts_that_it_shares(host, pull, front, web, 
     assert done.fetched_bytes < len(carried) - front.offsets[1]
 
 
+def test_what_stands_at_the_result_already_is_not_fetched(host, pull, front, web, carried):
+    """Pulled again nothing comes; of a newer package what changed; a damaged part is not taken over."""
+    pull(f"{host.url}/net.penjing")
+    assert pull(f"{host.url}/net/").fetched_bytes == 0 and not any(is_part(path) for path, _ in host.asked)
+    topology, arrays, _ = package.decode(carried)
+    package.write(web / "new.penjing", topology, {**arrays, "bias": arrays["bias"] + 1})
+    old = {p.digest for p in front.parts}
+    changed = sum(p.stored for p in manifest.parse((web / "new.penjing").read_bytes()).parts if p.digest not in old)
+    assert 0 < pull(f"{host.url}/new.penjing").fetched_bytes == changed < 10_000
+    damaged = bytearray(pull.out.read_bytes())
+    damaged[front.offsets[1] + 50] ^= 1
+    pull.out.write_bytes(damaged)
+    assert pull(f"{host.url}/new.penjing").fetched_bytes == front.parts[1].stored
+    assert pull.out.read_bytes() == (web / "new.penjing").read_bytes()
+
+
+def test_a_client_that_refines_while_a_pull_comes_to_its_end(host, pull, sealed):
+    plain, _, _ = sealed
+    package.save(plain, host.folder / "plain.penjing")
+    pull(f"{host.url}/plain.penjing", layers=1)
+    arriving = refining.Refining(pull.kept)
+    arriving.refresh()
+    assert arriving.layers == 1
+    pull(f"{host.url}/plain.penjing")
+    assert not pull.kept.exists()
+    assert arriving.refresh() and arriving.missing() == []
+    assert all((a == package.decode(plain)[1][n]).all() for n, a in arriving.read()[1].items())
+
+
 def test_two_pulls_into_one_place(host, pull, front):
     with Arrivals(pull.kept, front, []), pytest.raises(OutputError, match="another pull is writing"):
         pull(f"{host.url}/net.penjing")
@@ -261,6 +290,15 @@ def test_too_little_room_is_told_at_once(host, pull, monkeypatch):
     with pytest.raises(OutputError, match="has room for 1,000"):
         pull(f"{host.url}/net.penjing")
     assert not any(is_part(path) for path, _ in host.asked)
+    assert [f.name for f in pull.kept.iterdir()] == [MANIFEST]
+
+
+def test_room_for_the_parts_and_the_file_made_of_them(host, pull, front, carried, monkeypatch):
+    usage, parts = shutil.disk_usage("/"), len(carried) - front.offsets[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=parts + len(carried) - 1))
+    with pytest.raises(OutputError, match=f"{parts + len(carried):,} bytes are to be written"):
+        pull(f"{host.url}/net.penjing")
+    assert pull(f"{host.url}/net.penjing", until_bytes=front.offsets[2]).missing
 
 
 def test_inside_a_running_loop(host, pull, carried):

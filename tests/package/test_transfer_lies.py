@@ -163,6 +163,7 @@ def test_credentials_are_sent_and_never_told(host, web, pull, carried):
     url = host.url.replace("//", "//me:hunter2@") + "/net/?sig=s3cret"
     pull(url)
     assert pull.out.read_bytes() == carried
+    pull.out.unlink()
     assert all(h["authorization"].startswith("Basic ") for h in host.headers)
     host.lie = lambda path, wanted: Response(status_code=403) if is_part(path) else None
     with hosting(web) as other:

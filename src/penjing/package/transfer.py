@@ -15,13 +15,14 @@ from typing import TypeVar
 
 import httpx2
 
-from penjing.errors import InputError, TransferError
+from penjing.errors import InputError, PackageError, TransferError
 from penjing.package import directory
 from penjing.package.arrivals import Arrivals
 from penjing.package.fetching import HEADWAY, Crew, Opened, Patience
 from penjing.package.layout import SEALED, parse_header
 from penjing.package.manifest import Manifest
 from penjing.package.sources import Gone, Passing, Source, Web, address, open_source, shown
+from penjing.package.volumes import Holding, holding
 from penjing.progress import SILENT, Progress
 
 _GRACE = 3.0  # seconds for which the URLs named first are waited for once another has answered
@@ -149,10 +150,11 @@ async def _pull(
     try:
         with progress.task("asking for the manifest"):
             front = await _first(addresses, answers)
-        folder = out.with_name(out.name + ".pull")
+        folder = out.with_name(out.name + directory.PULL)
         numbers = chosen(front)
         due = {front.parts[n].digest: front.parts[n] for n in numbers}
-        with Arrivals(folder, front, numbers) as arrivals:
+        whole_file = front.total if layout == "file" and len(numbers) == len(front.parts) else 0
+        with Arrivals(folder, front, numbers, earlier=_earlier(out), besides=whole_file) as arrivals:
             with progress.task("pulling (bytes)", sum(p.stored for p in due.values())) as advance:
                 advance(sum(map(arrivals.begun, due.values())))
                 crew = Crew(web, arrivals, patience, advance)
@@ -163,7 +165,7 @@ async def _pull(
                 raise _failure(front, lost, folder)
             missing = arrivals.missing()
             if not missing:
-                arrivals.finish(out, layout)
+                arrivals.finish(out, layout, progress)
     finally:
         for answer in answers:
             answer.cancel()
@@ -176,6 +178,14 @@ async def _pull(
         fetched_bytes=arrivals.fetched,
         missing=tuple(missing),
     )
+
+
+def _earlier(out: Path) -> Holding | None:
+    """The package that stands where the new one will: what they share need not come again."""
+    try:
+        return holding(out) if out.exists() else None
+    except PackageError:
+        return None
 
 
 async def _first(addresses: list[httpx2.URL], answers: Sequence[Opened]) -> Manifest:

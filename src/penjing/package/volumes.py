@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -204,6 +205,8 @@ def read_at(place: tuple[Path, int] | None, size: int) -> bytes | None:
                 return None
             file.seek(at)
             return file.read(size)
+    except FileNotFoundError:  # the folder of a pull that came to its end just now
+        return None
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -235,7 +238,8 @@ def _even(front: Manifest, into: int) -> list[range]:
     for i in range(1, into):
         aim = start + span * i / into
         low, high = cuts[-1] + 1, count - (into - i)
-        cuts.append(min(range(low, high + 1), key=lambda n: abs(front.offsets[n] - aim)))
+        near = bisect_left(front.offsets, aim, low, high)
+        cuts.append(near if near == low or front.offsets[near] - aim < aim - front.offsets[near - 1] else near - 1)
     return [range(a, b) for a, b in zip(cuts, [*cuts[1:], count], strict=True)]
 
 
