@@ -122,6 +122,9 @@ def test_provenance_and_bill(penjing, net, desk):
     text = (desk / "bom.json").read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     assert json.loads(text)["metadata"]["component"]["modelCard"]["modelParameters"]["inputs"]
+    assert penjing("split", "net.penjing", "--out", "folder").code == 0
+    assert penjing("inspect", "folder", "--bom", "same.json").code == 0
+    assert (desk / "same.json").read_text() == text
     of_code = penjing("inspect", "net.py:build", "--input-shape", "1x1x8x8", "--provenance", "--json")
     assert of_code.json["provenance"]["digest"] == chain["digest"]
     refused(

@@ -62,6 +62,15 @@ def test_pull(packed, penjing, url, monkeypatch):
     assert {f.name for f in (packed / "here" / "net").iterdir()} == {f.name for f in (packed / "net").iterdir()}
 
 
+def test_pulled_volumes_are_called_as_what_was_split(packed, penjing, url, monkeypatch):
+    assert penjing("split", "net.penjing", "--into", "1", "--out", "volumes").code == 0
+    assert penjing("split", "net.penjing", "--into", "1", "--out", "hosts", "--layout", "directory").code == 0
+    (packed / "here").mkdir()
+    monkeypatch.chdir(packed / "here")
+    for place in ("volumes/net-1of1.pjv", "hosts/net-1of1/"):
+        assert penjing("pull", f"{url}/{place}", "--json").json["path"] == "net.penjing"
+
+
 def test_pull_that_ends_early_says_how_to_go_on(packed, penjing, url):
     done = penjing("pull", f"{url}/net.penjing", "-o", "early.penjing", "--until-bytes", "0", "--json")
     assert done.code == 0 and not done.json["complete"] and done.json["missing"] == [0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
@@ -110,9 +111,11 @@ def _called(url: str, layout: str) -> str:
     """What the package is called in a URL."""
     from penjing.package.directory import MANIFEST
     from penjing.package.sources import address
+    from penjing.package.volumes import SUFFIX
 
     path = PurePosixPath(address(url).path)
     name = (path.parent if path.name == MANIFEST else path).name.removesuffix(".penjing")
+    name = re.sub(rf"-\d+of\d+({re.escape(SUFFIX)})?$", "", name)  # of a volume: what was split
     if not name or name.startswith("."):
         raise InputError("the URL does not say what to call the package", hint="name it with --out")
     return name if layout == "directory" else f"{name}.penjing"

@@ -13,7 +13,7 @@ from penjing.cli.screen import Screen
 
 def verify(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="A .penjing file, or a bundle's folder.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="A package, its folder, or a bundle's folder.")],
     key: Annotated[
         list[str],
         typer.Option("--key", metavar="KEY.pub", help="The maker's public key. Give it again for more: one is enough."),
