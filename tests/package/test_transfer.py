@@ -308,6 +308,33 @@ def test_inside_a_running_loop(host, pull, carried):
     assert asyncio.run(notebook()).complete and pull.out.read_bytes() == carried
 
 
+def test_interrupted_inside_a_running_loop(host, pull, front):
+    """The interrupt of a notebook ends the pull, and does not wait for it."""
+    stuck = threading.Event()
+
+    def lie(path, wanted):
+        if is_part(path):
+            stuck.set()
+            return StreamingResponse(slowly(host.whole(path), 5_000, 0.5))  # minutes for each part
+        return None
+
+    host.lie = lie
+
+    async def notebook():
+        pull(f"{host.url}/net/", patience=Patience())
+
+    def interrupt():
+        stuck.wait(30)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop), pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(notebook())
+    host.honest()
+    assert pull(f"{host.url}/net.penjing").complete  # nobody holds the folder any more
+
+
 def test_through_a_proxy_that_kills_connections():
     """A few of the 200 pulls of benchmarks/transfer.py."""
     found = benchmark.measure(benchmark.network(3), pulls=8, mean=150_000, seed=1)

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import httpx2
 
@@ -125,7 +125,10 @@ def wanted(
 def _finished(work: Callable[[], Awaitable[T]]) -> T:
     """The result of a coroutine, also where a loop runs already (a notebook): in a thread, then."""
 
+    running: list[asyncio.Task[T]] = []
+
     async def run() -> T:
+        running.append(cast("asyncio.Task[T]", asyncio.current_task()))
         return await work()
 
     try:
@@ -133,7 +136,13 @@ def _finished(work: Callable[[], Awaitable[T]]) -> T:
     except RuntimeError:
         return asyncio.run(run())
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(run())).result()
+        done = pool.submit(lambda: asyncio.run(run()))
+        try:
+            return done.result()
+        except KeyboardInterrupt:  # the pool would wait for the end of the pull
+            for task in running:
+                task.get_loop().call_soon_threadsafe(task.cancel)
+            raise
 
 
 async def _pull(
