@@ -40,7 +40,6 @@ def decrypt(
     [bold]penjing decrypt sealed.penjing net.penjing --identity reader[/]
     [bold]penjing decrypt sealed.penjing.pull first --identity reader --layers 1[/]
     """
-    from penjing.evaluation import words
     from penjing.package import sealing
 
     screen: Screen = context.obj
@@ -50,6 +49,6 @@ def decrypt(
     size = sealing.decrypt(
         Path(file).expanduser(), path, key, passphrase=secret, layers=layers, layout=layout, progress=screen
     )
-    screen.line(f"{path}: {words.size(size)}, opened")
+    screen.line(f"{path}: {size:,} bytes, opened")
     screen.emit({"schema": 1, "path": str(path), "bytes": size})
     return 0

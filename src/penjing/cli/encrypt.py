@@ -40,7 +40,6 @@ def encrypt(
 
     [bold]penjing encrypt net.penjing sealed.penjing --to reader.pub[/]
     """
-    from penjing.evaluation import words
     from penjing.package import sealing
 
     screen: Screen = context.obj
@@ -51,6 +50,6 @@ def encrypt(
     else:
         secret = passphrases.passphrase_of(identity, passphrase_file)
         size = sealing.admit(source, path, who, Path(identity).expanduser(), passphrase=secret, layout=layout)
-    screen.line(f"{path}: {words.size(size)}, sealed")
+    screen.line(f"{path}: {size:,} bytes, sealed")
     screen.emit({"schema": 1, "path": str(path), "bytes": size})
     return 0

@@ -34,9 +34,6 @@ def patch(
     [bold]penjing patch old.penjing delta.penjing new.penjing[/]
     [bold]penjing patch old.penjing delta.penjing new.penjing --layers 3[/]
     """
-    import penjing as pj
-    from penjing.data import load_data
-    from penjing.evaluation import words
     from penjing.package import delta as deltas
 
     screen: Screen = context.obj
@@ -48,11 +45,14 @@ def patch(
         if layers is None:
             size = deltas.patch(old, delta, path, layout=layout, progress=screen)
         else:
+            import penjing as pj
+            from penjing.data import load_data
+
             # What can be known coarsely, the network says, and samples say what errors do: a delta holds neither.
             network = pj.Network.from_state(*deltas.read(old, delta, progress=screen)[:2])
             samples = load_data(data) if data else None
             size = pj.pack(network, path, layout=layout, layers=layers, data=samples, task=task, progress=screen)
-    screen.line(f"{path}: {words.size(size)}")
+    screen.line(f"{path}: {size:,} bytes")
     if layers is not None:
         found["ladder"] = show_ladder(screen, path)
     screen.emit(found | {"bytes": size})
