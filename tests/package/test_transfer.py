@@ -94,7 +94,8 @@ def test_a_mirror_with_another_package_is_told_and_left(host, web, pull, carried
     assert len(notes) == 1 and "old.penjing, which has another package" in notes[0]
 
 
-def test_a_mirror_that_is_slow_to_answer_is_not_waited_for(host, web, pull, carried, monkeypatch):
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_mirror_that_is_slow_to_answer_is_not_waited_for(host, web, pull, carried, monkeypatch, jobs):
     monkeypatch.setattr(transfer, "_GRACE", 0.05)
     done, gave_up = threading.Event(), []
 
@@ -103,7 +104,7 @@ def test_a_mirror_that_is_slow_to_answer_is_not_waited_for(host, web, pull, carr
         return b""
 
     with raw(silent) as dead:
-        pull(f"{dead}/net.penjing", f"{host.url}/net.penjing", patience=Patience(timeout=60))
+        pull(f"{dead}/net.penjing", f"{host.url}/net.penjing", jobs=jobs, patience=Patience(timeout=60))
         assert pull.out.read_bytes() == carried and gave_up == []
         done.set()
 

@@ -88,7 +88,8 @@ def pull(
         return wanted(front, until_bytes, layers, layers_of)
 
     async def all_of_it() -> Pulled:
-        web = Web(timeout=(patience or Patience()).timeout, connections=jobs)
+        # A URL that is slow to open holds a connection, and must hold up no other.
+        web = Web(timeout=(patience or Patience()).timeout, connections=jobs + len(addresses))
         try:
             return await _pull(web, addresses, out, chosen, jobs, layout, patience or Patience(), progress)
         finally:
