@@ -104,16 +104,18 @@ def test_a_layered_version_stays_layered(layered, penjing):
     """patch --layers gives the very bytes that pack --layers gives, with samples and without."""
     (layered / "next.py").write_text((layered / "net.py").read_text() + TUNED.format("*= 1.01"))
     judged = ("--data", "net.py:samples", "--task", "classification")
-    for more in ((), judged):
+    for more in ((), judged, (*SHAPE, "--target", "onnxruntime")):
+        asked = judged if more == judged else ()
         made = penjing("pack", "next.py:tuned", "new.penjing", "--layers", "3", *(more or SHAPE))
         assert made.code == 0, made.err
         assert penjing("diff", "net.penjing", "new.penjing", "d.penjing").code == 0
-        done = penjing("patch", "net.penjing", "d.penjing", "again.penjing", "--layers", "3", *more, "--json")
+        done = penjing("patch", "net.penjing", "d.penjing", "again.penjing", "--layers", "3", *asked, "--json")
         assert done.code == 0, done.err
         assert (layered / "again.penjing").read_bytes() == (layered / "new.penjing").read_bytes()
         assert done.json["bytes"] == (layered / "new.penjing").stat().st_size
-        assert [r["name"] for r in done.json["ladder"]] == ["accuracy" if more else "SQNR"] * 3
+        assert [r["name"] for r in done.json["ladder"]] == ["accuracy" if asked else "SQNR"] * 3
         assert "layer 3: " in done.err
+    assert penjing("unpack", "again.penjing", "again.onnx", "--layers", "1").code == 0
     assert penjing("patch", "net.penjing", "d.penjing", "net", "--layers", "2", "--layout", "directory").code == 0
     assert penjing("unpack", "net", "coarse.safetensors", "--layers", "1").code == 0
     wrong = penjing("patch", "net.penjing", "d.penjing", "x.penjing", *judged)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from penjing.errors import PackageError, SignatureError
-from penjing.package import directory, join, keys, save, signatures, split, write
+from penjing.package import directory, join, keys, manifest, refining, save, signatures, split, write
 from penjing.package.layered import Layered
 
 TOPOLOGY = json.dumps({"name": "net", "history": [{"event": "capture", "torch": "2.13", "notes": []}]})
@@ -88,6 +88,29 @@ def test_what_is_not_as_it_was_signed(signed, maker, change, error, says):
         signatures.verify(signed[0], public(maker))
 
 
+def test_a_manifest_alone_is_verified_and_holds_what_comes_later(signed, maker, layered, tmp_path):
+    """Of a pull under way: what was verified is what is read, though another package takes its place."""
+    folder, place = signed
+    underway = tmp_path / "net.pull"
+    folder.rename(underway)
+    last = manifest.parse(layered).parts[-1]
+    (underway / directory.file_of(last)).unlink()
+    arriving = refining.Refining(underway, layers=1)
+    found = signatures.verify_manifest(arriving.manifest, underway, public(maker), at_least=5)
+    assert found.release == 5 and found.predicate["package"]["bytes"] == len(layered)
+    with pytest.raises(SignatureError, match="is release 5"):
+        signatures.verify_manifest(arriving.manifest, underway, public(maker), at_least=6)
+    other = arrays()
+    other["w0"] = other["w0"][::-1]
+    shutil.rmtree(underway)
+    save(Layered(TOPOLOGY, other, layers=3).encode({"name": "net"}), underway, layout="directory")
+    arriving.refresh()
+    with pytest.raises(PackageError, match=r"\d of \d+ parts are missing"):
+        arriving.require()
+    with pytest.raises(SignatureError, match="is not what was signed"):
+        signatures.verify_manifest(refining.Refining(underway).manifest, underway, public(maker), signature=place)
+
+
 def test_other_packages_are_refused_in_its_place(signed, maker, tmp_path):
     """The same network at once, with fewer layers, or with one weight more: each has another digest."""
     folder, place = signed
@@ -113,7 +136,7 @@ def test_a_bundles_signature_tells_of_its_own_package_alone(maker, tmp_path):
     place = signatures.sign(tmp_path / "b", maker)
     signatures.verify(tmp_path / "b", public(maker))
     signatures.verify(tmp_path / "b" / "network.penjing", public(maker), signature=place)
-    with pytest.raises(SignatureError, match="what is said is of another package"):
+    with pytest.raises(SignatureError, match=r"teacher.penjing is not what was signed"):
         signatures.verify(tmp_path / "b" / "teacher.penjing", public(maker), signature=place)
 
 

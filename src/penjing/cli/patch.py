@@ -46,12 +46,16 @@ def patch(
             size = deltas.patch(old, delta, path, layout=layout, progress=screen)
         else:
             import penjing as pj
+            from penjing import package
             from penjing.data import load_data
+            from penjing.evaluation.layering import layered
+            from penjing.task import get_task
 
             # What can be known coarsely, the network says, and samples say what errors do: a delta holds neither.
-            network = pj.Network.from_state(*deltas.read(old, delta, progress=screen)[:2])
-            samples = load_data(data) if data else None
-            size = pj.pack(network, path, layout=layout, layers=layers, data=samples, task=task, progress=screen)
+            packed = deltas.read(old, delta, progress=screen)
+            network, samples = pj.Network.from_state(*packed[:2]), load_data(data) if data else None
+            coded = layered(network, layers, packed=packed, data=samples, task=get_task(task), progress=screen)
+            size = package.save(coded, path, layout=layout)
     screen.line(f"{path}: {size:,} bytes")
     if layers is not None:
         found["ladder"] = show_ladder(screen, path)

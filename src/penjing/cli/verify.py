@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from penjing.cli.options import Json
+from penjing.cli.options import AtLeast, Json, Signature
 from penjing.cli.screen import Screen
 
 
@@ -18,12 +18,8 @@ def verify(
         list[str],
         typer.Option("--key", metavar="KEY.pub", help="The maker's public key. Give it again for more: one is enough."),
     ],
-    signature: Annotated[
-        str | None, typer.Option("--signature", metavar="FILE", help="The signature; default: WHAT.dsse.json.")
-    ] = None,
-    at_least: Annotated[
-        int | None, typer.Option("--at-least", metavar="N", min=0, help="Refuse releases older than this one.")
-    ] = None,
+    signature: Signature = None,
+    at_least: AtLeast = None,
     json: Json = False,
 ) -> int:
     """Verifies that WHAT is what the holder of KEY signed, and still holds; says what is wrong otherwise.

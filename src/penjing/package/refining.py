@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from penjing.errors import InputError, PackageError
 from penjing.package import archive, directory, layout
 from penjing.package.assembly import Assembly
+from penjing.package.manifest import Manifest
 from penjing.package.volumes import Holding, holding, read_at
 
 Array = NDArray[Any]
@@ -31,6 +32,11 @@ class Refining:
         self._assembly = Assembly(front.index)
         every = front.index.layers
         self.wanted = every if layers is None else min(layers, every)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What every part is held against."""
+        return self._front
 
     @property
     def layers(self) -> int:

@@ -147,7 +147,7 @@ def unseal(data: bytes, keys: Sequence[Any], *, progress: Progress = SILENT) -> 
     """The package inside a sealed one in memory. Raises SealError, PackageError."""
     _, index, payloads = _sealed(data)
     opened = open_front(payloads[0], keys)
-    opened.layers(len(index.parts))
+    opened.layers(len(index.parts))  # refuses another number of parts
     parts = [opened.front]
     with progress.task("decrypting parts", len(index.parts)) as advance:
         for number, payload in enumerate(payloads[1:]):

@@ -21,6 +21,7 @@ from penjing.errors import InputError, MissingExtraError, SignatureError
 from penjing.files import appearing
 from penjing.package import archive, directory, layout, provenance
 from penjing.package.keys import Paths, public_key, signing_key
+from penjing.package.manifest import Manifest
 
 try:
     from google.protobuf.json_format import ParseDict, ParseError
@@ -114,11 +115,32 @@ def verify(
     the package itself is damaged.
     """
     place = beside(path) if signature is None else Path(signature)
-    known = [public_key(key) for key in keys]
-    if not known:
-        raise InputError("no key was given to verify with", hint="name the signer's public key, KEY.pub")
-    signed = _opened(place, known)
+    signed = _opened(place, keys)
     _compare(Path(path), signed)
+    return _in_force(signed, path, place, at_least, now)
+
+
+def verify_manifest(
+    front: Manifest,
+    path: Paths,
+    keys: Sequence[Paths],
+    *,
+    signature: Paths | None = None,
+    at_least: int | None = None,
+    now: datetime | None = None,
+) -> Signed:
+    """The same of a package whose manifest was read from `path`, and whose parts come later, or not all: the digest in
+    its header is signed, and covers the digest of every part."""
+    folder = Path(path)
+    whole = folder.with_name(folder.name.removesuffix(directory.PULL)) if folder.name else folder
+    place = beside(whole) if signature is None else Path(signature)
+    signed = _opened(place, keys)
+    _same_package(folder, front.data, signed)
+    return _in_force(signed, path, place, at_least, now)
+
+
+def _in_force(signed: Signed, path: Paths, place: Path, at_least: int | None, now: datetime | None) -> Signed:
+    """Raises SignatureError where the signature is of an older release than wanted, or expired."""
     if at_least is not None and signed.release < at_least:
         raise SignatureError(
             f"{path} is release {signed.release}, and at least {at_least} is asked for",
@@ -255,8 +277,11 @@ def _sha256_of(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ checking
-def _opened(place: Path, keys: Sequence[SSlibKey]) -> Signed:
-    """The statement in an envelope that one of `keys` signed."""
+def _opened(place: Path, paths: Sequence[Paths]) -> Signed:
+    """The statement in an envelope that was signed by one of the keys in the files `paths`."""
+    keys: list[SSlibKey] = [public_key(path) for path in paths]
+    if not keys:
+        raise InputError("no key was given to verify with", hint="name the signer's public key, KEY.pub")
     envelope = _envelope(place)
     if envelope.payload_type != PAYLOAD_TYPE:
         raise SignatureError(
@@ -264,7 +289,7 @@ def _opened(place: Path, keys: Sequence[SSlibKey]) -> Signed:
             hint="it is not the signature of a package",
         )
     try:
-        accepted = envelope.verify(list(keys), 1)
+        accepted = envelope.verify(keys, 1)
     except VerificationError as error:
         named = {key.keyid for key in keys} & set(envelope.signatures)
         why = (
@@ -334,16 +359,10 @@ def _compare(path: Path, signed: Signed) -> None:
         raise InputError(f"there is no file {path}", hint="name the package or bundle that was signed")
     if not _is_bundle(path):
         data = archive.load(path)
-        header, index, _ = archive.open_bytes(data)  # it names damage better
+        _, index, _ = archive.open_bytes(data)  # it names damage better
+        _same_package(path, data, signed)
         if _sha256(data) not in signed.files.values():
-            raise SignatureError(
-                f"{path} is not what was signed", hint="it was changed, or the signature is of another"
-            )
-        if signed.predicate.get("package", {}).get("digest") != header.digest.hex():
-            raise SignatureError(
-                f"{path} was signed as a file of a bundle, and what is said is of another package",
-                hint=f"the bundle's package is its {_INNER}",
-            )
+            raise _not_the_same(path)
         if path.is_dir() and (more := directory.others(path, index.parts)):
             raise _not_signed(path, more[0])
         return
@@ -355,6 +374,17 @@ def _compare(path: Path, signed: Signed) -> None:
     more = sorted(set(found) - set(signed.files))
     if more:
         raise _not_signed(path, more[0])
+
+
+def _same_package(path: Path, data: bytes, signed: Signed) -> None:
+    """Raises SignatureError unless the package that begins with `data` is the one that the statement tells of: in a
+    bundle others may have been signed beside it."""
+    if signed.predicate.get("package", {}).get("digest") != layout.parse_header(data).digest.hex():
+        raise _not_the_same(path)
+
+
+def _not_the_same(path: Path) -> SignatureError:
+    return SignatureError(f"{path} is not what was signed", hint="it was changed, or the signature is of another")
 
 
 def _not_signed(folder: Path, name: str) -> SignatureError:
