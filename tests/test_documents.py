@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from penjing.cli.app import main
+from served_pages import run_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -60,16 +61,7 @@ def test_the_page_on_sealing_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Its blocks build on each other: Python and commands in the order of the page."""
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "document"}
-    page = ROOT / "docs" / "sealing.md"
-    blocks = [(line, code, kind) for kind in ("python", "sh") for line, code in _blocks(page, kind)]
-    for line, code, kind in sorted(blocks):
-        if kind == "python":
-            exec(compile("\n" * line + code, "sealing.md", "exec"), names)
-            continue
-        for command in code.splitlines():
-            assert main(shlex.split(command)[1:]) == 0, f"{command}\n{capfd.readouterr().err}"
+    run_page("sealing.md", tmp_path, monkeypatch, capfd)
     assert (tmp_path / "again.penjing").read_bytes() == (tmp_path / "net.penjing").read_bytes()
     assert (tmp_path / "bom.json").is_file()
 

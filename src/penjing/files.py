@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,11 +29,12 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[Path]:
             kind = "a folder" if final.is_dir() else "no ordinary file"
             raise OutputError(f"cannot write {final}: it is {kind}", hint="name a file")
         final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=f".part{final.suffix}", dir=final.parent)
-        os.close(handle)
-        aside = Path(name)
-        aside.chmod(0o644)  # mkstemp makes private files
+        aside = final.parent / f".{secrets.token_hex(8)}.part{final.suffix}"
+        # Not mkstemp's, which are private: as open to others as the umask wants files to be.
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = aside.stat().st_mode
         yield aside
+        aside.chmod(mode)  # safetensors, for one, puts a private file in its place
         with aside.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(aside, final)
@@ -61,11 +63,11 @@ def appearing_folder(out: Path, *, ours: Callable[[Path], bool]) -> Iterator[Pat
         if out.is_dir() and any(out.iterdir()) and not ours(out):
             raise OutputError(f"{out} holds other files", hint="name a new or empty folder")
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        aside = out.parent / f".{out.name}.{secrets.token_hex(8)}"
+        aside.mkdir()
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}", hint="name another place") from error
     try:
-        aside.chmod(0o755)  # mkdtemp makes private folders
         yield aside
         replace_folder(aside, out)
     except OSError as error:

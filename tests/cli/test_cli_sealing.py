@@ -78,6 +78,28 @@ def test_somebody_more(penjing, net, desk):
         assert (desk / "o.penjing").read_bytes() == net.read_bytes()
 
 
+def test_only_what_was_signed_is_unpacked(penjing, net, desk):
+    assert penjing("keygen", "other").code == 0
+    assert penjing("sign", "net.penjing", "--key", "maker", "--release", "3").code == 0
+    done = penjing("unpack", "net.penjing", "a.safetensors", "--key", "maker.pub", "--at-least", "3")
+    assert done.code == 0 and "release 3, signed by" in done.err
+    assert penjing("unpack", "net.penjing", "b.safetensors").code == 0
+    assert (desk / "a.safetensors").read_bytes() == (desk / "b.safetensors").read_bytes()
+    client = ("net.py:build", "client.penjing", "--target", "onnxruntime", "--input-shape", "1x1x8x8")
+    assert penjing("pack", *client).code == 0 and penjing("sign", "client.penjing", "--key", "maker").code == 0
+    for place, more in (("a.onnx", ("--key", "maker.pub")), ("b.onnx", ())):
+        assert penjing("unpack", "client.penjing", place, *more).code == 0
+    assert (desk / "a.onnx").read_bytes() == (desk / "b.onnx").read_bytes()
+    refused(penjing("unpack", "client.penjing", "x.onnx", "--key", "other.pub"), "by another key")
+    to = ("unpack", "net.penjing", "x.safetensors")
+    refused(penjing(*to, "--key", "maker.pub", "--at-least", "4"), "is release 3")
+    refused(penjing(*to, "--key", "other.pub"), "by another key")
+    refused(penjing(*to, "--at-least", "3"), "go with --key")
+    assert penjing("pack", "net.py:build", "net.penjing", "--rate", "0.01", "--input-shape", "1x1x8x8").code == 0
+    refused(penjing(*to, "--key", "maker.pub"), "net.penjing is not what was signed")
+    assert not (desk / "x.safetensors").exists() and not (desk / "x.onnx").exists()
+
+
 def test_passphrases(penjing, net, desk):
     (desk / "secret").write_text("some words\n")
     (desk / "wrong").write_text("other words\n")
@@ -122,6 +144,9 @@ def test_provenance_and_bill(penjing, net, desk):
     text = (desk / "bom.json").read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     assert json.loads(text)["metadata"]["component"]["modelCard"]["modelParameters"]["inputs"]
+    assert penjing("split", "net.penjing", "--out", "folder").code == 0
+    assert penjing("inspect", "folder", "--bom", "same.json").code == 0
+    assert (desk / "same.json").read_text() == text
     of_code = penjing("inspect", "net.py:build", "--input-shape", "1x1x8x8", "--provenance", "--json")
     assert of_code.json["provenance"]["digest"] == chain["digest"]
     refused(

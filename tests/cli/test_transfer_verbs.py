@@ -34,6 +34,7 @@ def test_a_directory_is_a_model(packed, penjing):
     assert told["package"] == penjing("inspect", "net.penjing", "--json").json["package"]
     assert penjing("unpack", "net", "a.safetensors").code == penjing("unpack", "net.penjing", "b.safetensors").code == 0
     assert (packed / "a.safetensors").read_bytes() == (packed / "b.safetensors").read_bytes()
+    assert (packed / "a.safetensors").stat().st_mode == (packed / "net.py").stat().st_mode  # for others to read, too
 
 
 def test_split_and_join(packed, penjing):
@@ -52,11 +53,22 @@ def test_pull(packed, penjing, url, monkeypatch):
     for place in ("net.penjing", "net/", "net/manifest"):
         done = penjing("pull", f"{url}/{place}", "--json")
         assert done.code == 0 and done.json["path"] == "net.penjing" and done.json["complete"]
+        assert done.json["fetched_bytes"] > 0
         assert (packed / "here" / "net.penjing").read_bytes() == (packed / "net.penjing").read_bytes()
+        (packed / "here" / "net.penjing").unlink()
     assert penjing("pull", f"{url}/net", "--layout", "directory", "--until-bytes", "0").code == 0
     done = penjing("pull", f"{url}/net", "--layout", "directory", "--jobs", "1")
     assert done.code == 0 and "net: " in done.err
     assert {f.name for f in (packed / "here" / "net").iterdir()} == {f.name for f in (packed / "net").iterdir()}
+
+
+def test_pulled_volumes_are_called_as_what_was_split(packed, penjing, url, monkeypatch):
+    assert penjing("split", "net.penjing", "--into", "1", "--out", "volumes").code == 0
+    assert penjing("split", "net.penjing", "--into", "1", "--out", "hosts", "--layout", "directory").code == 0
+    (packed / "here").mkdir()
+    monkeypatch.chdir(packed / "here")
+    for place in ("volumes/net-1of1.pjv", "hosts/net-1of1/"):
+        assert penjing("pull", f"{url}/{place}", "--json").json["path"] == "net.penjing"
 
 
 def test_pull_that_ends_early_says_how_to_go_on(packed, penjing, url):

@@ -100,6 +100,28 @@ def test_diff_and_patch(desk, penjing):
     assert "penjing patch" in penjing("unpack", "d.penjing", "x.safetensors").err
 
 
+def test_a_layered_version_stays_layered(layered, penjing):
+    """patch --layers gives the very bytes that pack --layers gives, with samples and without."""
+    (layered / "next.py").write_text((layered / "net.py").read_text() + TUNED.format("*= 1.01"))
+    judged = ("--data", "net.py:samples", "--task", "classification")
+    for more in ((), judged, (*SHAPE, "--target", "onnxruntime")):
+        asked = judged if more == judged else ()
+        made = penjing("pack", "next.py:tuned", "new.penjing", "--layers", "3", *(more or SHAPE))
+        assert made.code == 0, made.err
+        assert penjing("diff", "net.penjing", "new.penjing", "d.penjing").code == 0
+        done = penjing("patch", "net.penjing", "d.penjing", "again.penjing", "--layers", "3", *asked, "--json")
+        assert done.code == 0, done.err
+        assert (layered / "again.penjing").read_bytes() == (layered / "new.penjing").read_bytes()
+        assert done.json["bytes"] == (layered / "new.penjing").stat().st_size
+        assert [r["name"] for r in done.json["ladder"]] == ["accuracy" if asked else "SQNR"] * 3
+        assert "layer 3: " in done.err
+    assert penjing("unpack", "again.penjing", "again.onnx", "--layers", "1").code == 0
+    assert penjing("patch", "net.penjing", "d.penjing", "net", "--layers", "2", "--layout", "directory").code == 0
+    assert penjing("unpack", "net", "coarse.safetensors", "--layers", "1").code == 0
+    wrong = penjing("patch", "net.penjing", "d.penjing", "x.penjing", *judged)
+    assert wrong.code == 2 and "go with --layers" in wrong.err and not (layered / "x.penjing").exists()
+
+
 def test_a_float_network_is_put_on_the_parents_grids(desk, penjing):
     text = (desk / "net.py").read_text()
     (desk / "net.py").write_text(text + TUNED.format("+= 0.002"))

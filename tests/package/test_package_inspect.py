@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from penjing.package import archive, contents, inspect, write
+from penjing.package.layered import Layered
 
 
 def made(tmp_path, arrays, **metadata):
@@ -37,6 +38,9 @@ def test_shared_parts_are_divided_by_what_tensors_cost(tmp_path):
     bits = {row.name: row.bits_per_element for row in inside.tensors}
     assert 7.8 < bits["dense"] < 8.1 and 0.2 < bits["sparse"] < 0.4  # H(0.05) = 0.29 bits
     assert bits["scale"] > 20 and bits["zeros"] < 0.2
+    layered = contents.describe(Layered("", arrays, layers=2).encode())
+    bits = {row.name: row.bits_per_element for row in layered.tensors}
+    assert bits["scale"] > 20 and bits["zeros"] < 0.2  # no layer cuts these
 
 
 def test_no_tensor_is_decoded(tmp_path, small, monkeypatch):

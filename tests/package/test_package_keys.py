@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from penjing.errors import InputError, KeyFileError, OutputError
 from penjing.package import keys
@@ -22,6 +24,14 @@ def test_made_to_be_read(tmp_path, kind, secret):
         assert str(keys.identities(private, secret)[0].to_public()) == name
     else:
         assert keys.public_key(public).keyid == name == keys.signing_key(private, secret).public_key.keyid
+
+
+def test_under_a_passphrase_as_openssl_used_to_write_it(tmp_path):
+    made = ec.generate_private_key(ec.SECP256R1())
+    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL
+    (tmp_path / "k").write_bytes(made.private_bytes(pem, form, serialization.BestAvailableEncryption(b"pw")))
+    assert keys.needs_passphrase(tmp_path / "k")
+    assert keys.signing_key(tmp_path / "k", "pw").public_key.keytype == "ecdsa"
 
 
 def test_private_whatever_the_umask_says(tmp_path):

@@ -68,6 +68,15 @@ def test_printed(chain):
     assert json.loads(json.dumps(provenance.read(path).to_dict()))["links"][2]["after"] == digest(last)
 
 
+def test_what_was_put_on_grids_came_from_another(tmp_path):
+    """diff --onto-grids is no step of a recipe, but changes a network all the same."""
+    before, parent = "b" * 64, "c" * 64
+    history = [{"event": "capture"}, {"event": "grids", "name": "onto_grids", "before": before, "parent": parent}]
+    found = provenance.trace(json.dumps({"name": "n", "history": history}), "a" * 64)
+    assert found.original == before and found.links[1].settings == {"parent": parent}
+    assert [link.after for link in found.links] == [before, "a" * 64]
+
+
 def test_without_a_step_the_network_is_the_original(chain, tmp_path):
     original = chain[0]
     pj.pack(original, tmp_path / "net.penjing")

@@ -1,6 +1,8 @@
 """What goes in comes out, to the last bit, from bytes that are the same every time."""
 
 import hashlib
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from penjing.errors import InputError, OutputError, PackageError
-from penjing.package import archive, codecs, decode, encode, inspect, layout, read, verify, write, zstd
+from penjing.package import archive, codecs, decode, encode, inspect, layout, read, save, verify, write, zstd
 
 TYPES = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"]
 
@@ -153,7 +155,18 @@ def test_file(tmp_path, small, equal):
     again = read(path)
     assert again[0] == topology and equal(again[1], arrays) and again[2] == {"name": "tiny", "wire": [1, 2.5, None]}
     verify(path)
-    assert path.stat().st_mode & 0o044  # readable like any file that the user makes
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_as_readable_as_any_file_that_the_user_makes(tmp_path, small, umask):
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "net.penjing", *small)
+        save(encode(*small), tmp_path / "net", layout="directory")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "net.penjing").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / "net").stat().st_mode) == 0o777 & ~umask
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, small, monkeypatch):

@@ -1,5 +1,7 @@
 """One package in two layouts, divided and put together again: always the same bytes, and what is missing is named."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -203,3 +205,23 @@ def test_seals_and_signatures_hold_in_every_layout(file, data, tmp_path):
     package.join(hosts, tmp_path / "joined", layout="directory")
     sealing.decrypt(tmp_path / "joined", tmp_path / "opened.penjing", tmp_path / "reader")
     assert (tmp_path / "opened.penjing").read_bytes() == data
+
+
+@pytest.mark.parametrize("kind", ["endless", "pipe", "folder"])
+def test_a_part_that_is_no_ordinary_file_is_not_read(data, tmp_path, kind):
+    """A folder from elsewhere may hold anything under a part's name."""
+    package.save(data, tmp_path / "net", layout="directory")
+    file = tmp_path / "net" / file_of(manifest.parse(data).parts[1])
+    file.unlink()
+    if kind == "endless":
+        with file.open("wb") as stream:
+            stream.truncate(1 << 40)
+    else:
+        os.mkfifo(file) if kind == "pipe" else file.mkdir()
+    says = "does not match its SHA-256" if kind == "endless" else r"1 of \d+ parts are missing: part 1"
+    for read in (package.read, package.verify):
+        with pytest.raises(PackageError, match=says):
+            read(tmp_path / "net")
+    with pytest.raises(PackageError, match="part 1"):
+        package.join([tmp_path / "net"], tmp_path / "whole.penjing")
+    assert not (tmp_path / "whole.penjing").exists()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -15,10 +14,11 @@ import pytest
 from web_servers import FileResponse, StreamingResponse, benchmark, hosting, is_part, raw, slowly, unranged
 
 from penjing import package
-from penjing.errors import OutputError, TransferError
-from penjing.package import manifest, transfer
+from penjing.errors import InputError, OutputError, PackageError, TransferError
+from penjing.package import keys, manifest, refining, sealing, transfer
 from penjing.package.arrivals import Arrivals
 from penjing.package.directory import MANIFEST, file_of
+from penjing.package.layered import Layered
 from penjing.package.transfer import Patience
 
 
@@ -94,7 +94,8 @@ def test_a_mirror_with_another_package_is_told_and_left(host, web, pull, carried
     assert len(notes) == 1 and "old.penjing, which has another package" in notes[0]
 
 
-def test_a_mirror_that_is_slow_to_answer_is_not_waited_for(host, web, pull, carried, monkeypatch):
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_mirror_that_is_slow_to_answer_is_not_waited_for(host, web, pull, carried, monkeypatch, jobs):
     monkeypatch.setattr(transfer, "_GRACE", 0.05)
     done, gave_up = threading.Event(), []
 
@@ -103,7 +104,7 @@ def test_a_mirror_that_is_slow_to_answer_is_not_waited_for(host, web, pull, carr
         return b""
 
     with raw(silent) as dead:
-        pull(f"{dead}/net.penjing", f"{host.url}/net.penjing", patience=Patience(timeout=60))
+        pull(f"{dead}/net.penjing", f"{host.url}/net.penjing", jobs=jobs, patience=Patience(timeout=60))
         assert pull.out.read_bytes() == carried and gave_up == []
         done.set()
 
@@ -134,6 +135,34 @@ def test_until_bytes_then_the_rest(host, pull, front, carried):
 
 @pytest.mark.parametrize("place", ["net.penjing", "net/"])
 def test_nothing_is_fetched_twice_after_a_kill(host, tmp_path, pull, front, carried, place):
+    host.lie = dribbling(host)
+    here = killed_pull(tmp_path, f"{host.url}/{place}", at=900_000)
+    assert here < len(carried)
+    host.honest()
+    done = pull(f"{host.url}/{place}")
+    assert pull.out.read_bytes() == carried
+    assert here + done.fetched_bytes == len(carried)
+    # What the server was asked for, beside the manifest: exactly what was not here.
+    assert sum(asked_bytes(host, place, front)) == len(carried) - here
+
+
+def test_without_ranges_only_the_parts_under_way_come_again(host, tmp_path, pull, front, carried):
+    host.lie = dribbling(host)
+    killed_pull(tmp_path, f"{host.url}/net/", at=3_500_000)
+    whole = {f.name for f in pull.kept.iterdir() if is_part(f.name)}
+    under_way = [f for f in pull.kept.iterdir() if f.suffix == ".part"]
+    assert whole and 1 <= len(under_way) <= 3
+    host.honest()
+    host.lie = unranged(host)
+    pull(f"{host.url}/net/")
+    assert pull.out.read_bytes() == carried
+    parts = [path for path, _ in host.asked if is_part(path)]
+    assert len(parts) == len(set(parts)) and not whole & {path.rpartition("/")[2] for path in parts}
+
+
+def dribbling(host):
+    """Lies as a slow server, so that a kill comes in the middle."""
+
     def slow(path, wanted):
         true, start = host.whole(path), 0
         if wanted and not is_part(path):
@@ -143,21 +172,32 @@ def test_nothing_is_fetched_twice_after_a_kill(host, tmp_path, pull, front, carr
             return StreamingResponse(slowly(part, 20_000, 0.01), status_code=206, headers=head)
         return StreamingResponse(slowly(true, 20_000, 0.01)) if not wanted else FileResponse(host.folder / path)
 
-    host.lie = slow
-    command = [sys.executable, "-m", "penjing", "pull", f"{host.url}/{place}", "-o", "out.penjing", "--jobs", "3"]
-    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ}, stderr=subprocess.PIPE)
-    kept = tmp_path / "out.penjing.pull"
+    return slow
+
+
+def killed_pull(folder, url, *more, at):
+    """The command line's pull to out.penjing, killed by SIGKILL at so many bytes; the bytes that are here then."""
+    command = [sys.executable, "-m", "penjing", "pull", url, "-o", "out.penjing", "--jobs", "3", *more]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE)
+    kept = folder / "out.penjing.pull"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and _size(kept) < 900_000:
+    while time.monotonic() < deadline and _size(kept) < at:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    here = _size(kept)
-    assert 900_000 <= here < len(carried)
-    host.lie = lambda path, wanted: None
-    done = pull(f"{host.url}/{place}")
-    assert pull.out.read_bytes() == carried
-    assert here - len(front.data) + done.fetched_bytes == len(carried) - len(front.data)
+    assert _size(kept) >= at and not (folder / "out.penjing").exists()
+    return _size(kept)
+
+
+def asked_bytes(host, place, front):
+    """The bytes of parts in each request."""
+    sizes = {f"net/{file_of(p)}": p.stored for p in front.parts}
+    for path, wanted in host.asked:
+        start, stop = (int(n) if n else None for n in (wanted or "bytes=0-").removeprefix("bytes=").split("-"))
+        if path in sizes:
+            yield sizes[path] - start
+        elif path == place and start > 0:  # 0: the manifest
+            yield stop + 1 - start
 
 
 def _size(folder):
@@ -202,6 +242,35 @@ def test_a_newer_package_keeps_the_parts_that_it_shares(host, pull, front, web, 
     assert done.fetched_bytes < len(carried) - front.offsets[1]
 
 
+def test_what_stands_at_the_result_already_is_not_fetched(host, pull, front, web, carried):
+    """Pulled again nothing comes; of a newer package what changed; a damaged part is not taken over."""
+    pull(f"{host.url}/net.penjing")
+    assert pull(f"{host.url}/net/").fetched_bytes == 0 and not any(is_part(path) for path, _ in host.asked)
+    topology, arrays, _ = package.decode(carried)
+    package.write(web / "new.penjing", topology, {**arrays, "bias": arrays["bias"] + 1})
+    old = {p.digest for p in front.parts}
+    changed = sum(p.stored for p in manifest.parse((web / "new.penjing").read_bytes()).parts if p.digest not in old)
+    assert 0 < pull(f"{host.url}/new.penjing").fetched_bytes == changed < 10_000
+    damaged = bytearray(pull.out.read_bytes())
+    damaged[front.offsets[1] + 50] ^= 1
+    pull.out.write_bytes(damaged)
+    assert pull(f"{host.url}/new.penjing").fetched_bytes == front.parts[1].stored
+    assert pull.out.read_bytes() == (web / "new.penjing").read_bytes()
+
+
+def test_a_client_that_refines_while_a_pull_comes_to_its_end(host, pull, sealed):
+    plain, _, _ = sealed
+    package.save(plain, host.folder / "plain.penjing")
+    pull(f"{host.url}/plain.penjing", layers=1)
+    arriving = refining.Refining(pull.kept)
+    arriving.refresh()
+    assert arriving.layers == 1
+    pull(f"{host.url}/plain.penjing")
+    assert not pull.kept.exists()
+    assert arriving.refresh() and arriving.missing() == []
+    assert all((a == package.decode(plain)[1][n]).all() for n, a in arriving.read()[1].items())
+
+
 def test_two_pulls_into_one_place(host, pull, front):
     with Arrivals(pull.kept, front, []), pytest.raises(OutputError, match="another pull is writing"):
         pull(f"{host.url}/net.penjing")
@@ -222,6 +291,15 @@ def test_too_little_room_is_told_at_once(host, pull, monkeypatch):
     with pytest.raises(OutputError, match="has room for 1,000"):
         pull(f"{host.url}/net.penjing")
     assert not any(is_part(path) for path, _ in host.asked)
+    assert [f.name for f in pull.kept.iterdir()] == [MANIFEST]
+
+
+def test_room_for_the_parts_and_the_file_made_of_them(host, pull, front, carried, monkeypatch):
+    usage, parts = shutil.disk_usage("/"), len(carried) - front.offsets[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=parts + len(carried) - 1))
+    with pytest.raises(OutputError, match=f"{parts + len(carried):,} bytes are to be written"):
+        pull(f"{host.url}/net.penjing")
+    assert pull(f"{host.url}/net.penjing", until_bytes=front.offsets[2]).missing
 
 
 def test_inside_a_running_loop(host, pull, carried):
@@ -229,6 +307,33 @@ def test_inside_a_running_loop(host, pull, carried):
         return pull(f"{host.url}/net.penjing")
 
     assert asyncio.run(notebook()).complete and pull.out.read_bytes() == carried
+
+
+def test_interrupted_inside_a_running_loop(host, pull, front):
+    """The interrupt of a notebook ends the pull, and does not wait for it."""
+    stuck = threading.Event()
+
+    def lie(path, wanted):
+        if is_part(path):
+            stuck.set()
+            return StreamingResponse(slowly(host.whole(path), 5_000, 0.5))  # minutes for each part
+        return None
+
+    host.lie = lie
+
+    async def notebook():
+        pull(f"{host.url}/net/", patience=Patience())
+
+    def interrupt():
+        stuck.wait(30)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop), pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(notebook())
+    host.honest()
+    assert pull(f"{host.url}/net.penjing").complete  # nobody holds the folder any more
 
 
 def test_through_a_proxy_that_kills_connections():
@@ -247,3 +352,56 @@ def test_packages_of_next_to_nothing(host, pull, tmp_path, web, arrays):
         assert package.read(pull.out)[0] == "a topology"
     volumes = package.split(web / "little.penjing", tmp_path / "volumes", size=100_000)
     assert package.join(volumes, tmp_path / "again.penjing").read_bytes() == (web / "little.penjing").read_bytes()
+
+
+# -------------------------------------------------------------------------------------------------------- sealed
+@pytest.fixture
+def sealed(web, tmp_path):
+    """A package of three layers, sealed, on the web as a file and as a directory; as it was, and the reader's key."""
+    rng = np.random.default_rng(3)
+    arrays = {f"{i}.weight": rng.normal(0, 30, (900, 800)).clip(-127, 127).astype(np.int8) for i in range(5)}
+    plain = Layered("a topology", arrays, layers=3).encode()
+    keys.keygen(tmp_path / "reader", kind="age")
+    data = sealing.seal(plain, [str(tmp_path / "reader.pub")])
+    for layout, name in (("file", "sealed.penjing"), ("directory", "sealed")):
+        package.save(data, web / name, layout=layout)
+    return plain, data, tmp_path / "reader"
+
+
+@pytest.mark.parametrize("place", ["sealed.penjing", "sealed/"])
+def test_a_sealed_package_by_layers_killed_resumed_and_opened(host, tmp_path, pull, sealed, place):
+    plain, data, reader = sealed
+    own, url = keys.identities(reader), f"{host.url}/{place}"
+    with pytest.raises(InputError, match="only its recipients can tell its layers"):
+        pull(url, layers=1)
+    host.lie = dribbling(host)
+    here = killed_pull(tmp_path, url, "--layers", "1", "--identity", str(reader), at=600_000)
+    host.honest()
+    done = pull(url, layers=1, layers_of=lambda front: sealing.layers_of(front, own))
+    inside = manifest.parse(plain)
+    first = sum(p.layer == 1 for p in inside.parts)
+    assert done.missing == tuple(range(1 + first, 1 + len(inside.parts))) and not pull.out.exists()
+    assert here + done.fetched_bytes == done.here_bytes < 0.6 * len(data)
+    # The first layer opens, and is the one of the package that was sealed; the second is told to be missing.
+    sealing.decrypt(pull.kept, tmp_path / "first", reader, layers=1)
+    package.save(plain, tmp_path / "plain.penjing")
+    coarse, expected = (refining.read(tmp_path / n, layers=1)[1] for n in ("first", "plain.penjing"))
+    assert all((coarse[n] == expected[n]).all() for n in expected)
+    with pytest.raises(PackageError, match=r"\d of \d+ parts are missing"):
+        sealing.decrypt(pull.kept, tmp_path / "second", reader, layers=2)
+    assert not (tmp_path / "second").exists()
+    rest = pull(url)
+    assert rest.complete and here + done.fetched_bytes + rest.fetched_bytes == len(data)
+    assert pull.out.read_bytes() == data
+    sealing.decrypt(pull.out, tmp_path / "opened.penjing", reader)
+    assert (tmp_path / "opened.penjing").read_bytes() == plain
+
+
+def test_a_sealed_part_that_was_changed_on_its_way_in_is_named(host, tmp_path, pull, sealed):
+    _, _, reader = sealed
+    pull(f"{host.url}/sealed/", layers=1, layers_of=lambda front: sealing.layers_of(front, keys.identities(reader)))
+    part = next(f for f in pull.kept.iterdir() if is_part(f.name))
+    part.write_bytes(part.read_bytes()[::-1])
+    with pytest.raises(PackageError, match=r"part \d of the sealed package cannot be decrypted"):
+        sealing.decrypt(pull.kept, tmp_path / "first", reader, layers=1)
+    assert not (tmp_path / "first").exists()

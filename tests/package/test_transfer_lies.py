@@ -8,6 +8,7 @@ import pytest
 from web_servers import RedirectResponse, Response, StreamingResponse, hosting, is_part, raw, slowly, unranged
 
 from penjing.errors import InputError, TransferError
+from penjing.package.directory import file_of
 from penjing.package.transfer import Patience
 
 
@@ -162,6 +163,7 @@ def test_credentials_are_sent_and_never_told(host, web, pull, carried):
     url = host.url.replace("//", "//me:hunter2@") + "/net/?sig=s3cret"
     pull(url)
     assert pull.out.read_bytes() == carried
+    pull.out.unlink()
     assert all(h["authorization"].startswith("Basic ") for h in host.headers)
     host.lie = lambda path, wanted: Response(status_code=403) if is_part(path) else None
     with hosting(web) as other:
@@ -237,3 +239,13 @@ def test_lies_at_random(host, pull, carried, seed):
         host.honest()
         pull(*urls)
     assert pull.out.read_bytes() == carried
+
+
+def test_two_servers_that_die_are_both_given_up(host, web, pull, front):
+    """What one gave before it died is no headway of the other."""
+    with hosting(web) as other:
+        alive = {f"net/{f}" for f in ("manifest", *(file_of(p) for p in front.parts[:2]))}
+        host.lie = other.lie = lambda path, wanted: None if path in alive else Response(status_code=503)
+        with pytest.raises(TransferError, match="answers 503"):
+            pull(f"{host.url}/net/", f"{other.url}/net/", jobs=1)
+        assert len(host.asked) + len(other.asked) < 50

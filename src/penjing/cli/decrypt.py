@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
-from penjing.cli import passphrases
-from penjing.cli.options import Json
-from penjing.cli.outputs import output_file
+from penjing.cli import options, passphrases
+from penjing.cli.outputs import output_package
 from penjing.cli.screen import Screen
 
 
 def decrypt(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The sealed package, ending in .penjing.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The package to write, ending in .penjing.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The sealed package, or its folder.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The package to write, ending in .penjing; or a folder.")],
     identity: Annotated[
         str,
         typer.Option(
@@ -24,20 +23,32 @@ def decrypt(
         ),
     ],
     passphrase_file: passphrases.File = None,
-    json: Json = False,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            "--layers",
+            min=1,
+            metavar="N",
+            help="Only the first N quality layers, as far as a pull has come: OUT is a folder then, for unpack.",
+        ),
+    ] = None,
+    layout: options.Layout = "file",
+    json: options.Json = False,
 ) -> int:
     """Opens a sealed package: OUT is, bit for bit, what was sealed.
 
     [bold]penjing decrypt sealed.penjing net.penjing --identity reader[/]
+    [bold]penjing decrypt sealed.penjing.pull first --identity reader --layers 1[/]
     """
-    from penjing.evaluation import words
     from penjing.package import sealing
 
     screen: Screen = context.obj
-    path = output_file(out, suffixes=(".penjing",))
+    path = output_package(out, layout if layers is None else "directory")
     secret = passphrases.passphrase_of(identity, passphrase_file)
     key = Path(identity).expanduser()
-    size = sealing.decrypt(Path(file).expanduser(), path, key, passphrase=secret, progress=screen)
-    screen.line(f"{path}: {words.size(size)}, opened")
+    size = sealing.decrypt(
+        Path(file).expanduser(), path, key, passphrase=secret, layers=layers, layout=layout, progress=screen
+    )
+    screen.line(f"{path}: {size:,} bytes, opened")
     screen.emit({"schema": 1, "path": str(path), "bytes": size})
     return 0

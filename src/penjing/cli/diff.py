@@ -9,7 +9,7 @@ import typer
 
 from penjing.cli import options
 from penjing.cli.models import load_network
-from penjing.cli.outputs import output_file, output_folder
+from penjing.cli.outputs import output_file, output_package
 from penjing.cli.screen import Screen
 from penjing.errors import InputError
 
@@ -51,14 +51,9 @@ def diff(
     from penjing.data import load_data
     from penjing.evaluation import words
     from penjing.package import delta as deltas
-    from penjing.package import directory
 
     screen: Screen = context.obj
-    directory.check(layout)
-    if layout == "directory":
-        path = output_folder(delta, ours=directory.is_ours)
-    else:
-        path = output_file(delta, suffixes=(".penjing",))
+    path = output_package(delta, layout)
     written = None if new_package is None else output_file(new_package, suffixes=(".penjing",))
     if slack and not onto_grids:
         raise InputError("--slack goes with --onto-grids", hint="a new version that is packed has its codes already")

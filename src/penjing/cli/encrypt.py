@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
-from penjing.cli import passphrases
-from penjing.cli.options import Json
-from penjing.cli.outputs import output_file
+from penjing.cli import options, passphrases
+from penjing.cli.outputs import output_package
 from penjing.cli.screen import Screen
 
 
 def encrypt(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The package, ending in .penjing.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The sealed package to write, ending in .penjing.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The package, or its folder.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="The sealed package to write, ending in .penjing; or a folder.")
+    ],
     to: Annotated[
         list[str],
         typer.Option(
@@ -32,23 +33,23 @@ def encrypt(
         ),
     ] = None,
     passphrase_file: passphrases.File = None,
-    json: Json = False,
+    layout: options.Layout = "file",
+    json: options.Json = False,
 ) -> int:
     """Seals a package for its recipients, part by part, by age.
 
     [bold]penjing encrypt net.penjing sealed.penjing --to reader.pub[/]
     """
-    from penjing.evaluation import words
     from penjing.package import sealing
 
     screen: Screen = context.obj
-    path, source = output_file(out, suffixes=(".penjing",)), Path(file).expanduser()
+    path, source = output_package(out, layout), Path(file).expanduser()
     who = [w if w.startswith(("age1", "ssh-")) else str(Path(w).expanduser()) for w in to]
     if identity is None:
-        size = sealing.encrypt(source, path, who, progress=screen)
+        size = sealing.encrypt(source, path, who, layout=layout, progress=screen)
     else:
         secret = passphrases.passphrase_of(identity, passphrase_file)
-        size = sealing.admit(source, path, who, Path(identity).expanduser(), passphrase=secret)
-    screen.line(f"{path}: {words.size(size)}, sealed")
+        size = sealing.admit(source, path, who, Path(identity).expanduser(), passphrase=secret, layout=layout)
+    screen.line(f"{path}: {size:,} bytes, sealed")
     screen.emit({"schema": 1, "path": str(path), "bytes": size})
     return 0

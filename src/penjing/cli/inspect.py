@@ -60,13 +60,12 @@ def inspect(
     found: dict[str, Any] = {"schema": 1, "what": model}
     path = Path(model).expanduser()
     written = None if bom is None else output_file(bom, suffixes=(".json",))
-    inner = path / "network.penjing" if path.is_dir() else path
-    if written is not None and (inner.suffix != ".penjing" or not inner.is_file()):
-        raise InputError(
-            f"{model} is {'a package of many files' if is_package(path) else 'no package or bundle'}",
-            hint="a bill of materials is of a file: penjing pack and penjing join make one",
-        )
     packed = is_package(path) or (path.suffix == ".penjing" and path.is_file())
+    inner = path if packed else path / "network.penjing"
+    if written is not None and not packed and not inner.is_file():
+        raise InputError(
+            f"{model} is no package or bundle", hint="a bill of materials is of a package: penjing pack makes one"
+        )
     if packed:
         contents = package.inspect(path)
         found["package"] = contents.to_dict()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from penjing.cli import options
-from penjing.cli.outputs import output_file, output_folder
+from penjing.cli.outputs import output_package
 from penjing.cli.screen import Screen
 
 
@@ -26,14 +26,9 @@ def join(
     [bold]penjing join volumes/* --out net.penjing[/]
     """
     from penjing import package
-    from penjing.package import directory
 
     screen: Screen = context.obj
-    directory.check(layout)
-    if layout == "directory":
-        path = output_folder(out, ours=directory.is_ours)
-    else:
-        path = output_file(out, suffixes=(".penjing",))
+    path = output_package(out, layout)
     package.join(volumes, path, layout=layout, progress=screen)
     size = sum(f.stat().st_size for f in path.iterdir()) if path.is_dir() else path.stat().st_size
     screen.line(f"{path}: {size:,} bytes")

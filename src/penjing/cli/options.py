@@ -97,5 +97,14 @@ Layers = Annotated[
     int | None,
     typer.Option("--layers", min=1, metavar="N", help="Only the first N quality layers, which are a network already."),
 ]
+Signature = Annotated[
+    str | None,
+    typer.Option(
+        "--signature", metavar="FILE", help="The signature; default: beside the package, ending in .dsse.json."
+    ),
+]
+AtLeast = Annotated[
+    int | None, typer.Option("--at-least", metavar="N", min=0, help="Refuse releases older than this one.")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Makes the run repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]

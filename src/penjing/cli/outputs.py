@@ -41,6 +41,16 @@ def output_folder(text: str, *, files: Collection[str] = (), ours: Callable[[Pat
     return path
 
 
+def output_package(text: str, layout: str) -> Path:
+    """Where a package goes that is written in `layout`; raises InputError for another layout, OutputError."""
+    from penjing.package import directory
+
+    directory.check(layout)
+    if layout == "directory":
+        return output_folder(text, ours=directory.is_ours)
+    return output_file(text, suffixes=(".penjing",))
+
+
 def _is_ours(folder: Path) -> bool:
     return (folder / _MARK).is_file() or any(folder.glob(f"*/{_MARK}"))
 

@@ -9,8 +9,9 @@ import typer
 
 from penjing.cli import options
 from penjing.cli.models import load_network
-from penjing.cli.outputs import output_file, output_folder
+from penjing.cli.outputs import output_package
 from penjing.cli.screen import Screen
+from penjing.cli.show import show_ladder
 from penjing.errors import InputError
 
 
@@ -66,7 +67,6 @@ def pack(
     [bold]penjing pack model.py:net net.penjing --max-drop 0.5 --data samples.npz --task classification[/]
     """
     import penjing as pj
-    from penjing import package
     from penjing.data import load_data
     from penjing.evaluation import words
 
@@ -92,29 +92,19 @@ def pack(
     screen.line(f"{path}: {words.size(size)} ({_beside(size, raw)} than the tensors themselves, {words.size(raw)})")
     found = {"schema": 1, "path": str(path), "bytes": size, "tensor_bytes": raw}
     if layers is not None:
-        ladder = package.inspect(path).ladder
-        screen.line("\n".join(map(str, ladder)))
-        found["ladder"] = [rung.to_dict() for rung in ladder]
+        found["ladder"] = show_ladder(screen, path)
     screen.emit(found)
     return 0
 
 
 def _place(context: typer.Context, file: str | None, out: str | None, layout: str) -> Path:
     """Where the package goes, which stands as an argument or behind --out."""
-    from penjing.package import directory
-
-    directory.check(layout)
     if (file is None) == (out is None):
         raise InputError(
             "the package's FILE is missing" if file is None else "FILE is given twice",
             hint=f"{context.command_path} --help lists what it takes",
         )
-    text = file or out or ""
-    return (
-        output_folder(text, ours=directory.is_ours)
-        if layout == "directory"
-        else output_file(text, suffixes=(".penjing",))
-    )
+    return output_package(file or out or "", layout)
 
 
 def _beside(size: int, raw: int) -> str:

@@ -1,8 +1,9 @@
-"""What compress, evaluate and inspect print of a report."""
+"""What several verbs print: of a report, of the layers of a package."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from penjing.cli.screen import Screen
@@ -21,3 +22,13 @@ def show_report(screen: Screen, report: Mapping[str, Any], title: str | None = N
         screen.line(str(report["headline"]))
     for sentence in views.warnings(report):
         screen.warn(sentence)
+
+
+def show_ladder(screen: Screen, path: Path) -> list[dict[str, Any]]:
+    """A line for each layer of a package; the same as plain values."""
+    from penjing import package
+
+    rungs = package.inspect(path).ladder
+    for rung in rungs:
+        screen.line(str(rung))
+    return [rung.to_dict() for rung in rungs]

@@ -17,7 +17,7 @@ from penjing.errors import InputError
 
 def sign(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="A .penjing file, or a bundle's folder.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="A package, its folder, or a bundle's folder.")],
     key: Annotated[str, typer.Option("--key", metavar="KEY", help="The private key, from penjing keygen.")],
     release: Annotated[
         int, typer.Option("--release", metavar="N", min=0, help="The number of the release; a later one has a larger.")
@@ -66,8 +66,8 @@ def sign(
             passphrase=secret,
             release=release,
             expires=until,
-            report=report,
-            parents=parent or (),
+            report=None if report is None else Path(report).expanduser(),
+            parents=[Path(p).expanduser() for p in parent or ()],
             signature=place,
         )
         if model_signing:

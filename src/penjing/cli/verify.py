@@ -7,23 +7,19 @@ from typing import Annotated
 
 import typer
 
-from penjing.cli.options import Json
+from penjing.cli.options import AtLeast, Json, Signature
 from penjing.cli.screen import Screen
 
 
 def verify(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="A .penjing file, or a bundle's folder.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="A package, its folder, or a bundle's folder.")],
     key: Annotated[
         list[str],
         typer.Option("--key", metavar="KEY.pub", help="The maker's public key. Give it again for more: one is enough."),
     ],
-    signature: Annotated[
-        str | None, typer.Option("--signature", metavar="FILE", help="The signature; default: WHAT.dsse.json.")
-    ] = None,
-    at_least: Annotated[
-        int | None, typer.Option("--at-least", metavar="N", min=0, help="Refuse releases older than this one.")
-    ] = None,
+    signature: Signature = None,
+    at_least: AtLeast = None,
     json: Json = False,
 ) -> int:
     """Verifies that WHAT is what the holder of KEY signed, and still holds; says what is wrong otherwise.

@@ -167,7 +167,8 @@ def load(path: str | os.PathLike[str]) -> bytes:
             head = file.read(HEADER_SIZE)
             body = file.read(layout.parse_header(head).index_size)
             layout.parse_index(head, body, size)
-            return head + body + file.read()
+            file.seek(0)
+            return file.read(size)
     except (OSError, ValueError) as error:
         raise PackageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

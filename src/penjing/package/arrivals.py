@@ -18,10 +18,11 @@ from filelock import FileLock, Timeout
 
 from penjing.errors import OutputError
 from penjing.files import appearing, replace_folder
-from penjing.package.directory import MANIFEST, file_of, is_ours
+from penjing.package.directory import MANIFEST, file_of, is_ours, others
 from penjing.package.layout import Part
 from penjing.package.manifest import Manifest
-from penjing.package.volumes import join
+from penjing.package.volumes import Holding, join, read_at
+from penjing.progress import SILENT, Progress
 
 _UNDERWAY = ".part"
 _LOCK = ".lock"
@@ -31,8 +32,17 @@ _OURS = re.compile(rf"{MANIFEST}|[0-9a-f]{{64}}({_UNDERWAY})?|\..*")
 class Arrivals:
     """What has arrived of one package; `wanted` are the numbers of the parts to fetch, in order."""
 
-    def __init__(self, folder: Path, front: Manifest, wanted: list[int]) -> None:
-        """Opens or makes the folder. Parts of an earlier package that this one has too are kept.
+    def __init__(
+        self,
+        folder: Path,
+        front: Manifest,
+        wanted: list[int],
+        *,
+        earlier: Holding | None = None,
+        besides: int = 0,
+    ) -> None:
+        """Opens or makes the folder. Parts of the package that it held before, or of `earlier`, are kept where this one
+        has them too. besides: bytes that will be written beside the parts.
 
         Raises OutputError where it cannot be written, or has too little room for what is wanted.
         """
@@ -47,17 +57,12 @@ class Arrivals:
             if strange := [f.name for f in folder.iterdir() if not _OURS.fullmatch(f.name)]:
                 raise OutputError(f"{folder} holds other files: {strange[0]}", hint="name another place with --out")
             self._acquire()
-            if not (folder / MANIFEST).is_file() or (folder / MANIFEST).read_bytes() != front.data:
-                with appearing(folder / MANIFEST) as aside:
-                    aside.write_bytes(front.data)
-            for part in front.parts:
-                self._look(part)
-            parts = {part.digest: part for part in map(front.parts.__getitem__, wanted)}
-            room, needed = shutil.disk_usage(folder).free, sum(p.stored - self.begun(p) for p in parts.values())
-        if needed > room:
-            raise OutputError(
-                f"{needed:,} bytes are to come, and {folder} has room for {room:,}", hint="free some room"
-            )
+        try:
+            with self._writing():
+                self._open({part.digest: part for part in map(front.parts.__getitem__, wanted)}, earlier, besides)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Arrivals:
         return self
@@ -96,20 +101,46 @@ class Arrivals:
             self._whole.add(part.digest)
             return True
 
-    def finish(self, out: Path, layout: str) -> None:
+    def finish(self, out: Path, layout: str, progress: Progress = SILENT) -> None:
         """Makes the package of the arrivals, which must be all there; the folder is gone afterwards."""
-        known = {MANIFEST, *map(file_of, self.front.parts)}
         with self._writing():
-            for file in self.folder.iterdir():
-                if file.name not in known:
-                    file.unlink()
+            for name in others(self.folder, self.front.parts):
+                (self.folder / name).unlink()
             if layout == "directory":
                 if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_ours(out))):
                     raise OutputError(f"{out} holds other files", hint="name a new or empty folder")
                 replace_folder(self.folder, out)
                 return
-            join([self.folder], out)
+            join([self.folder], out, progress=progress)
             shutil.rmtree(self.folder)
+
+    def _open(self, wanted: dict[bytes, Part], earlier: Holding | None, besides: int) -> None:
+        manifest = self.folder / MANIFEST
+        if not manifest.is_file() or manifest.read_bytes() != self.front.data:
+            with appearing(manifest) as aside:
+                aside.write_bytes(self.front.data)
+        for part in self.front.parts:
+            self._look(part)
+        room = shutil.disk_usage(self.folder).free
+        needed = sum(part.stored - self.begun(part) for part in wanted.values()) + besides
+        if needed > room:
+            raise OutputError(
+                f"{needed:,} bytes are to be written, and {self.folder} has room for {room:,}", hint="free some room"
+            )
+        if earlier is not None:
+            for part in wanted.values():
+                self._adopt(part, earlier)
+
+    def _adopt(self, part: Part, earlier: Holding) -> None:
+        """Takes a part over, if it is whole there."""
+        place = earlier.places.get(part.digest)
+        payload = None if part.digest in self._whole else read_at(place, part.stored)
+        if payload is not None and hashlib.sha256(payload).digest() == part.digest:
+            with appearing(self.folder / file_of(part)) as aside:
+                aside.write_bytes(payload)
+            (self.folder / (file_of(part) + _UNDERWAY)).unlink(missing_ok=True)
+            self._begun.pop(part.digest, None)
+            self._whole.add(part.digest)
 
     def _acquire(self) -> None:
         try:

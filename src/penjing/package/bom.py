@@ -17,7 +17,7 @@ from typing import Any
 from penjing._version import __version__
 from penjing.errors import InputError, MissingExtraError
 from penjing.files import appearing
-from penjing.package import archive, provenance
+from penjing.package import archive, layout, provenance
 
 try:
     from cyclonedx.model import HashAlgorithm, HashType, Property
@@ -44,7 +44,7 @@ def document(
     """
     path = Path(package)
     data = archive.load(path)
-    header, _, _ = archive.open_bytes(data)
+    header = layout.parse_header(data)
     chain = provenance.trace_package(data)
     card = _card(network or {}, report, chain.digest)
     sha = hashlib.sha256(data).hexdigest()

@@ -170,7 +170,8 @@ def describe(data: bytes) -> Contents:
     codec = [set[str]() for _ in index.tensors]
     for part, payload in zip(index.parts, payloads[1:], strict=True):
         specs = [spec(index.tensors, p) for p in part.pieces]
-        if index.ladders:  # layers cut through what else would tell
+        if part.codec == codecs.NESTED or any(index.ladders[p.tensor] for p in part.pieces if index.ladders):
+            # Layers cut through what else would tell.
             weights = [float(s.nbytes) for s in specs]
         else:
             weights = codecs.shares(part.codec, payload, specs, index.models)

@@ -63,8 +63,13 @@ def patch(old: Paths, delta: Paths, out: Paths, *, layout: str = "file", progres
     packs it (layers apart: it has none). Raises PackageError where the delta is one of another network, or damaged.
     """
     directory.check(layout)
-    topology, arrays, metadata = decode(archive.load(delta), archive.read(old), progress=progress)
+    topology, arrays, metadata = read(old, delta, progress=progress)
     return directory.save(archive.encode(topology, arrays, metadata=metadata, progress=progress), out, layout=layout)
+
+
+def read(old: Paths, delta: Paths, *, progress: Progress = SILENT) -> tuple[str, dict[str, Array], dict[str, Any]]:
+    """What `patch` writes, as plain values."""
+    return decode(archive.load(delta), archive.read(old), progress=progress)
 
 
 def encode(old: Packed, new: Packed, *, progress: Progress = SILENT) -> bytes:
@@ -76,7 +81,7 @@ def encode(old: Packed, new: Packed, *, progress: Progress = SILENT) -> bytes:
         archive.described(name, array)
         earlier = before.get(name)
         comparable = earlier is not None and earlier.shape == array.shape and earlier.dtype == array.dtype
-        if earlier is not None and comparable and earlier.tobytes() == array.tobytes():
+        if earlier is not None and comparable and np.array_equal(_bits_of(earlier), _bits_of(array)):
             continue
         apart = _difference(earlier, array) if earlier is not None and comparable and array.dtype != bool else None
         if apart is not None and _bits(apart) < _bits(array):

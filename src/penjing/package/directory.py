@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,7 @@ from penjing.package.manifest import Manifest
 
 MANIFEST = "manifest"
 LAYOUTS = ("file", "directory")
+PULL = ".pull"  # ends the name of the folder in which a pull to that name gathers its parts
 _PART = re.compile(r"[0-9a-f]{64}")
 
 
@@ -36,6 +38,11 @@ def is_package(folder: Path) -> bool:
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds nothing but a package, so that another may take its place."""
     return is_package(folder) and all(f.name == MANIFEST or _PART.fullmatch(f.name) for f in folder.iterdir())
+
+
+def others(folder: Path, parts: Iterable[Part]) -> list[str]:
+    """Names in a folder that are no files of its package."""
+    return sorted({f.name for f in folder.iterdir()} - {MANIFEST, *map(file_of, parts)})
 
 
 def check(layout: str) -> None:
@@ -67,11 +74,11 @@ def load(folder: Path) -> bytes:
     """The bytes of the single file. Raises PackageError where a part is missing or damaged."""
     front = load_manifest(folder)
     payloads = [front.data]
+    if missing := [n for n, p in enumerate(front.parts) if not (folder / file_of(p)).is_file()]:
+        raise lacking(front, missing)
     for number, part in enumerate(front.parts):
-        try:
-            payload = (folder / file_of(part)).read_bytes()
-        except FileNotFoundError:
-            raise lacking(front, [n for n, p in enumerate(front.parts) if not (folder / file_of(p)).exists()]) from None
+        file = folder / file_of(part)
+        payload = file.read_bytes() if file.stat().st_size == part.stored else b""  # a huge file allocates nothing
         if len(payload) != part.stored or hashlib.sha256(payload).digest() != part.digest:
             raise PackageError(
                 f"{front.name(number)} does not match its SHA-256", hint="the package is damaged: get it again"
@@ -103,9 +110,10 @@ def read_front(file: BinaryIO) -> Manifest:
 
 def lacking(front: Manifest, numbers: list[int]) -> PackageError:
     """The error for parts that are not here."""
+    coarse = "; --layers N takes the first N layers alone" if front.index.layers > 1 else ""
     return PackageError(
         f"{len(numbers)} of {len(front.parts)} parts are missing: {front.names(numbers)}",
-        hint="penjing pull and penjing join complete a package",
+        hint=f"penjing pull and penjing join complete a package{coarse}",
     )
 
 

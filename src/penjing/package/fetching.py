@@ -116,7 +116,7 @@ class Crew:
 
     async def _bring(self, number: int, run: list[int]) -> str:
         """Fetches a part, and what follows it in its run along with it; "" or why no source gives it."""
-        faults, before = 0, 0
+        faults, before = Counter[Source](), Counter[Source]()
         while not self._arrivals.has(number):
             source = self._choose(number)
             if source is None and self._expected:
@@ -132,15 +132,15 @@ class Crew:
                 self._refuse(source, number, str(fault), wholly=fault.wholly)
             except Passing as fault:
                 source.faults += 1
-                faults = 1 if source.given - before >= HEADWAY else faults + 1
-                before = source.given
+                faults[source] = 1 if source.given - before[source] >= HEADWAY else faults[source] + 1
+                before[source] = source.given
                 if fault.lie:
                     for each in fault.parts or (number,):
                         self._lied(source, each, str(fault))
-                elif faults >= self._patience.tries:
-                    self._refuse(source, number, f"{fault} ({faults} times in a row)", wholly=True)
+                elif faults[source] >= self._patience.tries:
+                    self._refuse(source, number, f"{fault} ({faults[source]} times in a row)", wholly=True)
                 if self._choose(number) is source:
-                    await asyncio.sleep(self._patience.before(faults, fault.wait))
+                    await asyncio.sleep(self._patience.before(faults[source], fault.wait))
             finally:
                 source.active -= 1
         return ""

@@ -28,6 +28,7 @@ except ImportError as error:
 KINDS = ("ed25519", "p256", "age")
 _MAX = 64 << 10  # bytes that a file of keys may have
 _RECIPIENTS = "write age1…, 'ssh-ed25519 …', or a file with a line for each"
+_ENCRYPTED = b"ENCRYPTED"  # in the first line of PKCS #8, in the second of the older form of openssl
 _AGE = b"age-encryption.org/v1"
 _SSH = b"-----BEGIN OPENSSH PRIVATE KEY-----"
 
@@ -67,7 +68,7 @@ def keygen(path: Paths, *, kind: str = "ed25519", passphrase: str | None = None)
 def needs_passphrase(path: Paths) -> bool:
     """Whether a file holds a private key under a passphrase."""
     data = _read(path)
-    return data.startswith((_AGE, b"-----BEGIN ENCRYPTED PRIVATE KEY"))
+    return data.startswith(_AGE) or _ENCRYPTED in data
 
 
 def signing_key(path: Paths, passphrase: str | None = None) -> CryptoSigner:
@@ -80,7 +81,7 @@ def signing_key(path: Paths, passphrase: str | None = None) -> CryptoSigner:
         why = "is under a passphrase" if passphrase is None else "is under no passphrase, and one was given"
         raise KeyFileError(f"the key {path} {why}", hint="give the passphrase that the key was made with") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        if passphrase is not None and b"ENCRYPTED" in data:
+        if passphrase is not None and _ENCRYPTED in data:
             raise KeyFileError(
                 f"the passphrase does not open the key {path}", hint="was it made with another?"
             ) from error

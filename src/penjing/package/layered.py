@@ -90,10 +90,11 @@ class Layered:
                 for i, t in enumerate(self._tensors)
             ]
             self._text = codecs.encode_text(self._topology)
-            whole = [self._first(pieces) for pieces in self._bundles if not self._is_cut(pieces)]
-            self._choose(layers, sum(len(payload) for _, payload in whole))
+            # Of these the first layer is the same whatever ladders are chosen.
+            firsts = {pieces: self._first(pieces) for pieces in self._bundles if not self._is_cut(pieces)}
+            self._choose(layers, sum(len(payload) for _, payload in firsts.values()))
             advance(1)
-            self._parts, self._payloads = self._coded(layers, advance)
+            self._parts, self._payloads = self._coded(layers, firsts, advance)
         if layout.raw_limit(sum(map(len, self._payloads))) < sum(t.nbytes for t in self._tensors) + len(self._topology):
             raise InputError("the network is too empty to be cut into layers", hint="pack it without layers")
 
@@ -259,7 +260,9 @@ class Layered:
         return total
 
     # ------------------------------------------------------------------------------------------------------- coding
-    def _coded(self, layers: int, advance: Callable[[int], None]) -> tuple[list[Part], list[bytes]]:
+    def _coded(
+        self, layers: int, firsts: Mapping[tuple[Piece, ...], tuple[int, bytes]], advance: Callable[[int], None]
+    ) -> tuple[list[Part], list[bytes]]:
         parts, payloads = [], []
 
         def add(codec: int, payload: bytes, pieces: tuple[Piece, ...], layer: int) -> None:
@@ -268,7 +271,7 @@ class Layered:
             payloads.append(payload)
 
         for pieces in self._bundles:
-            add(*self._first(pieces), pieces, 1)
+            add(*(firsts.get(pieces) or self._first(pieces)), pieces, 1)
             advance(1)
         for layer in range(2, layers + 1):
             made = []

@@ -27,6 +27,11 @@ class Manifest:
         return self.index.parts
 
     @property
+    def topology(self) -> memoryview:
+        """The bytes in the topology's place."""
+        return memoryview(self.data)[len(self.data) - self.index.topology.stored :]
+
+    @property
     def total(self) -> int:
         """Bytes of the package as a single file."""
         return self.offsets[-1]

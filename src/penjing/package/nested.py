@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,53 +112,58 @@ def decode_next(
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Elements that are coded in one go: where they are, by piece; the bin that counts as 0; how often each occurs."""
+    """Elements that are coded in one go: where they are (piece, places in it); the bin that counts as 0; how often each
+    occurs."""
 
-    places: list[NDArray[np.intp]]
+    places: list[tuple[int, NDArray[np.intp]]]
     first: int
     weights: Weights
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return sum(len(places) for _, places in self.places)
 
 
 def _groups(
     runs: Sequence[Run], used: Sequence[Bytes], before: Sequence[Bytes] | None, models: Sequence[Model], layer: int
 ) -> Iterator[_Group]:
     """By model, ladder (in the order in which pieces name them) and bin before."""
-    ladders = list(dict.fromkeys(run.ladder for run in runs))
-    found: dict[tuple[int, int, int], list[NDArray[np.intp]]] = {}
-    for number, (run, names) in enumerate(zip(runs, used, strict=True)):
+    numbers = {ladder: i for i, ladder in enumerate(dict.fromkeys(run.ladder for run in runs))}
+    ladders = list(numbers)
+    found: dict[tuple[int, int, int], list[tuple[int, NDArray[np.intp]]]] = {}
+    for piece, (run, names) in enumerate(zip(runs, used, strict=True)):
         keys = names.astype(np.uint16) << 8
         if before is not None:
-            keys |= before[number]
-        order = np.argsort(keys, kind="stable")
-        starts = np.flatnonzero(np.diff(keys[order].astype(np.int64), prepend=-1))
-        for places in np.split(order, starts[1:]) if len(order) else ():
-            key = int(keys[places[0]])
-            group = found.setdefault((key >> 8, ladders.index(run.ladder), key & 255), [])
-            group += [np.zeros(0, dtype=np.intp)] * (number - len(group))
-            group.append(places)
-    for model, ladder, parent in sorted(found):
-        bins = ladders[ladder]
-        weights, first = bins.folded(weights_of(models[model]), layer), 0
-        if before is not None:
-            inside = np.flatnonzero(bins.parents(layer) == parent)
-            weights, first = weights[inside], int(inside[0])
-        members = found[model, ladder, parent]
-        members += [np.zeros(0, dtype=np.intp)] * (len(runs) - len(members))
-        yield _Group(members, first, weights if weights.any() else np.ones_like(weights))
+            keys |= before[piece]
+        order, ladder = np.argsort(keys, kind="stable"), numbers[run.ladder]
+        starts = np.flatnonzero(np.diff(keys[order].astype(np.int64), prepend=-1)).tolist()
+        for start, stop in pairwise([*starts, len(order)]):
+            first = int(keys[order[start]])
+            found.setdefault((first >> 8, ladder, first & 255), []).append((piece, order[start:stop]))
+    for (model, ladder), members in groupby(sorted(found), key=lambda key: key[:2]):
+        weights = ladders[ladder].folded(weights_of(models[model]), layer)
+        parents = None if before is None else ladders[ladder].parents(layer)
+        for key in members:
+            own, low = weights, 0
+            if parents is not None:
+                inside = np.flatnonzero(parents == key[2])
+                own, low = weights[inside], int(inside[0])
+            yield _Group(found[key], low, own if own.any() else np.ones_like(own))
 
 
 def _push(encoder: Encoder, bins: Sequence[Bytes], groups: list[_Group]) -> None:
     for group in reversed(groups):
-        symbols = np.concatenate([b[p] for b, p in zip(bins, group.places, strict=True)])
+        symbols = np.concatenate([bins[piece][places] for piece, places in group.places])
         encoder.push(symbols - np.uint8(group.first), group.weights)
 
 
 def _pop(decoder: Decoder, bins: Sequence[Bytes], groups: Iterator[_Group]) -> None:
     for group in groups:
-        found = decoder.pop(sum(map(len, group.places)), group.weights).astype(np.uint8) + np.uint8(group.first)
+        found = decoder.pop(group.size, group.weights).astype(np.uint8) + np.uint8(group.first)
         at = 0
-        for target, places in zip(bins, group.places, strict=True):
-            target[places] = found[at : at + len(places)]
+        for piece, places in group.places:
+            bins[piece][places] = found[at : at + len(places)]
             at += len(places)
 
 

@@ -77,7 +77,7 @@ def trace(topology: str, network_digest: str) -> Provenance:
         )
         for i, event in enumerate(events)
     )
-    stepped = [i for i, event in enumerate(events) if event.get("event") == "step"]
+    stepped = [i for i, event in enumerate(events) if event.get("event") != "capture"]  # steps, and grids of a parent
     original = before[stepped[0]] if stepped else network_digest
     return Provenance(name=str(described.get("name", "")), original=original, links=links, digest=network_digest)
 

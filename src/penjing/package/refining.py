@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from penjing.errors import InputError, PackageError
 from penjing.package import archive, directory, layout
 from penjing.package.assembly import Assembly
-from penjing.package.volumes import holding, read_at
+from penjing.package.manifest import Manifest
+from penjing.package.volumes import Holding, holding, read_at
 
 Array = NDArray[Any]
 
@@ -25,12 +26,17 @@ class Refining:
         if layers is not None and layers < 1:
             raise InputError(f"layers must be at least 1, got {layers}", hint="1 is the coarsest network that runs")
         self._path = Path(path)
-        front = holding(self._path).manifest
+        front = self._found().manifest
         archive.refuse_other_kinds(layout.parse_header(front.data))
         self._front = front
         self._assembly = Assembly(front.index)
         every = front.index.layers
         self.wanted = every if layers is None else min(layers, every)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What every part is held against."""
+        return self._front
 
     @property
     def layers(self) -> int:
@@ -39,7 +45,7 @@ class Refining:
 
     def refresh(self) -> int:
         """Takes the parts that came since; returns how many. Raises PackageError for a damaged one."""
-        places, taken = holding(self._path).places, 0
+        places, taken = self._found().places, 0
         for number, part in enumerate(self._front.parts):
             if part.layer > self.wanted or not self._assembly.fits(number):
                 continue
@@ -55,11 +61,20 @@ class Refining:
             taken += 1
         return taken
 
+    def _found(self) -> Holding:
+        """What is here now: of a pull that came to its end meanwhile, its result."""
+        try:
+            return holding(self._path)
+        except PackageError:
+            whole = self._path.with_name(self._path.name.removesuffix(directory.PULL))
+            if whole == self._path or not whole.exists():
+                raise
+            return holding(whole)
+
     def read(self) -> tuple[str, dict[str, Array], dict[str, Any]]:
         """Topology, arrays as they are known, and metadata. Raises PackageError before the first layer is here."""
-        index, data = self._front.index, memoryview(self._front.data)
-        text = archive.topology_text(index, data[len(data) - index.topology.stored :])
-        return text, self._assembly.arrays(), index.metadata
+        text = archive.topology_text(self._front.index, self._front.topology)
+        return text, self._assembly.arrays(), self._front.index.metadata
 
     def require(self) -> None:
         """Raises PackageError that names the parts which are wanted and not here."""

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from penjing.errors import InputError, MissingExtraError, PackageError, SealError
-from penjing.files import appearing
-from penjing.package import archive, layout
+from penjing.files import appearing_folder
+from penjing.package import archive, directory, manifest
 from penjing.package.codecs import STORED
 from penjing.package.keys import Paths, identities, recipients
-from penjing.package.layout import HEADER_SIZE, Header, Index, Part
+from penjing.package.layout import HEADER_SIZE, SEALED, Header, Index, Part, pack, parse_header, parse_index
+from penjing.package.manifest import Manifest
+from penjing.package.volumes import fill, holding, read_at
 from penjing.progress import SILENT, Progress
 
 try:
@@ -43,6 +45,13 @@ class Opened:
     index: Index
     identity: Any = dataclasses.field(repr=False)
 
+    def layers(self, count: int) -> list[int]:
+        """The quality layer of each of the `count` parts of the sealed package; raises SealError where they are others
+        than the package inside needs."""
+        if count != len(self.index.parts) + 1:
+            raise SealError(f"the sealed package has {count} parts of {len(self.index.parts) + 1}", hint=_AGAIN)
+        return [1, *(part.layer for part in self.index.parts)]
+
     def part(self, number: int, sealed: bytes | memoryview) -> bytes:
         """Part `number` of the package inside (0: its topology) from the part of the same number of the sealed one.
 
@@ -60,28 +69,66 @@ class Opened:
 _AGAIN = "get the package again from who sealed it"
 
 
-def encrypt(source: Paths, out: Paths, to: Sequence[str], *, progress: Progress = SILENT) -> int:
+def encrypt(source: Paths, out: Paths, to: Sequence[str], *, layout: str = "file", progress: Progress = SILENT) -> int:
     """Seals the package `source` for the recipients `to` (`keys.recipients` says how to name them); returns bytes."""
-    return _write(out, seal(archive.load(source), to, progress=progress))
+    directory.check(layout)
+    return directory.save(seal(archive.load(source), to, progress=progress), out, layout=layout)
 
 
 def decrypt(
-    source: Paths, out: Paths, key: Paths, *, passphrase: str | None = None, progress: Progress = SILENT
+    source: Paths,
+    out: Paths,
+    key: Paths,
+    *,
+    passphrase: str | None = None,
+    layers: int | None = None,
+    layout: str = "file",
+    progress: Progress = SILENT,
 ) -> int:
-    """Writes the package that was sealed, bit for bit, opened with the identity in the file `key`; returns bytes."""
-    return _write(out, unseal(archive.load(source), identities(key, passphrase), progress=progress))
+    """Writes the package that was sealed, bit for bit, opened with the identity in the file `key`; returns bytes.
+
+    layers: only the parts of so many quality layers, whatever others are missing (a pull under way); `out` is a
+    directory then, to which `unpack` and `Refining` with as many layers look.
+    """
+    directory.check(layout)
+    keys = identities(key, passphrase)
+    if layers is None:
+        return directory.save(unseal(archive.load(source), keys, progress=progress), out, layout=layout)
+    found = holding(Path(source))
+    opened = open_front(_place(found.manifest), keys)
+    wanted = [n for n, layer in enumerate(opened.layers(len(found.manifest.parts))) if layer <= layers]
+    sealed = [read_at(found.places.get(p.digest), p.stored) for p in map(found.manifest.parts.__getitem__, wanted)]
+    if missing := [n for n, payload in zip(wanted, sealed, strict=True) if payload is None]:
+        raise directory.lacking(found.manifest, missing)
+    with (
+        progress.task("decrypting parts", len(wanted)) as advance,
+        appearing_folder(Path(out), ours=directory.is_ours) as folder,
+    ):
+        topology, *parts = (opened.part(n, payload or b"") for n, payload in zip(wanted, sealed, strict=True))
+        front = manifest.parse(opened.front + topology)
+        fill(folder, front, range(len(parts)), parts, advance)
+    return len(front.data) + sum(map(len, parts))
 
 
-def admit(source: Paths, out: Paths, to: Sequence[str], key: Paths, *, passphrase: str | None = None) -> int:
+def admit(
+    source: Paths,
+    out: Paths,
+    to: Sequence[str],
+    key: Paths,
+    *,
+    passphrase: str | None = None,
+    layout: str = "file",
+) -> int:
     """Adds the recipients `to` to a sealed package that `key` opens, and leaves every part as it is; returns bytes."""
-    return _write(out, add(archive.load(source), to, identities(key, passphrase)))
+    directory.check(layout)
+    return directory.save(add(archive.load(source), to, identities(key, passphrase)), out, layout=layout)
 
 
 def seal(data: bytes, to: Sequence[str], *, progress: Progress = SILENT) -> bytes:
     """The sealed form of a package in memory."""
     readers = recipients(to)
     header, _, payloads = archive.open_bytes(data)
-    if header.required & layout.SEALED:
+    if header.required & SEALED:
         raise InputError(
             "the package is sealed already", hint="to add recipients takes the identity of one (--identity)"
         )
@@ -100,10 +147,7 @@ def unseal(data: bytes, keys: Sequence[Any], *, progress: Progress = SILENT) -> 
     """The package inside a sealed one in memory. Raises SealError, PackageError."""
     _, index, payloads = _sealed(data)
     opened = open_front(payloads[0], keys)
-    if len(index.parts) != len(opened.index.parts) + 1:
-        raise SealError(
-            f"the sealed package has {len(index.parts)} parts of {len(opened.index.parts) + 1}", hint=_AGAIN
-        )
+    opened.layers(len(index.parts))  # refuses another number of parts
     parts = [opened.front]
     with progress.task("decrypting parts", len(index.parts)) as advance:
         for number, payload in enumerate(payloads[1:]):
@@ -123,6 +167,12 @@ def add(data: bytes, to: Sequence[str], keys: Sequence[Any]) -> bytes:
     return _assemble([*envelopes, _encrypt(str(identity).encode(), readers)], front, [bytes(p) for p in payloads[1:]])
 
 
+def layers_of(front: Manifest, keys: Sequence[Any]) -> list[int]:
+    """The quality layer of each part of a sealed package, which only its recipients can tell. Raises SealError,
+    InputError."""
+    return open_front(_place(front), keys).layers(len(front.parts))
+
+
 def open_front(place: bytes | memoryview, keys: Sequence[Any]) -> Opened:
     """Opens a sealed package by what lies in its topology's place: enough to decrypt parts as they arrive.
 
@@ -135,10 +185,10 @@ def open_front(place: bytes | memoryview, keys: Sequence[Any]) -> Opened:
     front = _decrypt(sealed_front, [identity], lambda: SealError(
         "the front of the sealed package cannot be decrypted: it was changed", hint=_AGAIN
     ))  # fmt: skip
-    header = layout.parse_header(front)
-    if header.required & layout.SEALED or len(front) != HEADER_SIZE + header.index_size:
+    header = parse_header(front)
+    if header.required & SEALED or len(front) != HEADER_SIZE + header.index_size:
         raise SealError("the front of the sealed package makes no sense", hint=_AGAIN)
-    return Opened(front=front, index=layout.parse_index(front, front[HEADER_SIZE:], None), identity=identity)
+    return Opened(front=front, index=parse_index(front, front[HEADER_SIZE:], None), identity=identity)
 
 
 def _identity(envelope: bytes, keys: Sequence[Any]) -> Any | None:
@@ -153,9 +203,19 @@ def _identity(envelope: bytes, keys: Sequence[Any]) -> Any | None:
 
 def _sealed(data: bytes) -> tuple[Header, Index, list[memoryview]]:
     header, index, payloads = archive.open_bytes(data)
-    if not header.required & layout.SEALED:
-        raise InputError("the package is not sealed", hint="penjing encrypt seals one")
+    _require_seal(header)
     return header, index, payloads
+
+
+def _place(front: Manifest) -> memoryview:
+    """What lies in a sealed package's topology's place."""
+    _require_seal(parse_header(front.data))
+    return front.topology
+
+
+def _require_seal(header: Header) -> None:
+    if not header.required & SEALED:
+        raise InputError("the package is not sealed", hint="penjing encrypt seals one")
 
 
 def _assemble(envelopes: Sequence[bytes], front: bytes, sealed: Sequence[bytes]) -> bytes:
@@ -169,7 +229,7 @@ def _assemble(envelopes: Sequence[bytes], front: bytes, sealed: Sequence[bytes])
         models=(),
         metadata={},
     )
-    return b"".join([layout.pack(index, required=layout.SEALED), place, *sealed])
+    return b"".join([pack(index, required=SEALED), place, *sealed])
 
 
 def _part(data: bytes) -> Part:
@@ -202,9 +262,3 @@ def _decrypt(data: bytes | memoryview, keys: Sequence[Any], failed: Callable[[],
         return bytes(pyrage.decrypt(bytes(data), keys))
     except pyrage.DecryptError as error:
         raise failed() from error
-
-
-def _write(out: str | os.PathLike[str], data: bytes) -> int:
-    with appearing(out) as aside:
-        aside.write_bytes(data)
-    return len(data)

@@ -19,8 +19,9 @@ from penjing._version import __version__
 from penjing.digests import digest
 from penjing.errors import InputError, MissingExtraError, SignatureError
 from penjing.files import appearing
-from penjing.package import archive, layout, provenance
+from penjing.package import archive, directory, layout, provenance
 from penjing.package.keys import Paths, public_key, signing_key
+from penjing.package.manifest import Manifest
 
 try:
     from google.protobuf.json_format import ParseDict, ParseError
@@ -65,8 +66,7 @@ class Signed:
 
 def beside(path: Paths, suffix: str = SUFFIX) -> Path:
     """Where the signature of `path` is looked for: in the same folder, under its name and .dsse.json."""
-    place = Path(path)
-    place = place if place.name not in ("", "..") else place.resolve()
+    place = _named(Path(path))
     return place.parent / (place.name + suffix)
 
 
@@ -90,7 +90,7 @@ def sign(
     if type(release) is not int or not 0 <= release < 1 << 53:
         raise InputError(f"the release must be a whole number of at least 0, got {release!r}")
     signer = signing_key(key, passphrase)
-    statement = _statement(Path(path), release, expires, report, parents)
+    statement = _statement(_named(Path(path)), release, expires, report, parents)
     text = json.dumps(statement, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     envelope = Envelope(text.encode(), PAYLOAD_TYPE, {})
     envelope.sign(signer)
@@ -115,11 +115,32 @@ def verify(
     the package itself is damaged.
     """
     place = beside(path) if signature is None else Path(signature)
-    known = [public_key(key) for key in keys]
-    if not known:
-        raise InputError("no key was given to verify with", hint="name the signer's public key, KEY.pub")
-    signed = _opened(place, known)
+    signed = _opened(place, keys)
     _compare(Path(path), signed)
+    return _in_force(signed, path, place, at_least, now)
+
+
+def verify_manifest(
+    front: Manifest,
+    path: Paths,
+    keys: Sequence[Paths],
+    *,
+    signature: Paths | None = None,
+    at_least: int | None = None,
+    now: datetime | None = None,
+) -> Signed:
+    """The same of a package whose manifest was read from `path`, and whose parts come later, or not all: the digest in
+    its header is signed, and covers the digest of every part."""
+    folder = Path(path)
+    whole = folder.with_name(folder.name.removesuffix(directory.PULL)) if folder.name else folder
+    place = beside(whole) if signature is None else Path(signature)
+    signed = _opened(place, keys)
+    _same_package(folder, front.data, signed)
+    return _in_force(signed, path, place, at_least, now)
+
+
+def _in_force(signed: Signed, path: Paths, place: Path, at_least: int | None, now: datetime | None) -> Signed:
+    """Raises SignatureError where the signature is of an older release than wanted, or expired."""
     if at_least is not None and signed.release < at_least:
         raise SignatureError(
             f"{path} is release {signed.release}, and at least {at_least} is asked for",
@@ -137,9 +158,11 @@ def verify(
 def _statement(
     path: Path, release: int, expires: datetime | None, report: Paths | None, parents: Sequence[Paths]
 ) -> dict[str, Any]:
-    package = path / _INNER if _is_bundle(path) else path
-    said = _said(package)
-    if _is_bundle(path) and report is None and (path / "report.json").is_file():
+    is_bundle = _is_bundle(path)
+    package = path / _INNER if is_bundle else path
+    data = archive.load(package)
+    said = _said(data)
+    if is_bundle and report is None and (path / "report.json").is_file():
         report = path / "report.json"
     predicate: dict[str, Any] = {"penjing": __version__, "release": release, **said}
     if expires is not None:
@@ -148,11 +171,10 @@ def _statement(
         predicate["parents"] = [{"name": Path(p).name, **_identified(Path(p))} for p in parents]
     if report is not None:
         predicate["measurements"] = _measurements(Path(report), said)
-    said_digest = {PACKAGE: said["package"]["digest"]}
-    subjects = [
-        {"name": name, "digest": {"sha256": sha} | (said_digest if name == package.name else {})}
-        for name, sha in _files(path).items()
-    ]
+    # The package was read once: what is told of it and its digest are of the same bytes.
+    own = {"sha256": _sha256(data), PACKAGE: said["package"]["digest"]}
+    digests = {n: {"sha256": sha} for n, sha in _files(path).items()} if is_bundle else {}
+    subjects = [{"name": name, "digest": held} for name, held in (digests | {package.name: own}).items()]
     statement = {
         "_type": STATEMENT_TYPE_URI,
         "subject": subjects,
@@ -176,9 +198,8 @@ def _checked(statement: Any) -> Any:
     return parsed
 
 
-def _said(package: Path) -> dict[str, Any]:
+def _said(data: bytes) -> dict[str, Any]:
     """What the statement says of a package: of a sealed one, nothing that the seal hides."""
-    data = archive.load(package)
     header, index, _ = archive.open_bytes(data)
     sealed = bool(header.required & layout.SEALED)
     said: dict[str, Any] = {
@@ -200,9 +221,10 @@ def _said(package: Path) -> dict[str, Any]:
 
 def _identified(path: Path) -> dict[str, Any]:
     """The digests of a parent: of its package, and of its network unless that is sealed."""
-    said = _said(path)
+    data = archive.load(path)
+    said = _said(data)
     network = {NETWORK: said["network"]["digest"]} if "network" in said else {}
-    return {"digest": {"sha256": _files(path)[path.name], PACKAGE: said["package"]["digest"]} | network}
+    return {"digest": {"sha256": _sha256(data), PACKAGE: said["package"]["digest"]} | network}
 
 
 def _measurements(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,26 +240,33 @@ def _measurements(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
     if "network" in said and of != said["network"]["digest"]:
         raise InputError(f"{path} is the report of another network", hint="evaluate the network that is signed")
-    return {**found, "network": of, "report": {"sha256": _sha256(path)}}
+    return {**found, "network": of, "report": {"sha256": _sha256_of(path)}}
 
 
 def _no_constant(word: str) -> NoReturn:
     raise ValueError(word)
 
 
-def _files(path: Path) -> dict[str, str]:
-    """SHA-256 of a package's bytes, or of every file in a bundle, by name within it."""
-    if not _is_bundle(path):
-        return {path.name: hashlib.sha256(archive.load(path)).hexdigest()}
-    found = sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
-    return {p.relative_to(path).as_posix(): _sha256(p) for p in found}
+def _named(path: Path) -> Path:
+    """The same place under a path that ends in its name."""
+    return path if path.name not in ("", "..") else path.resolve()
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a bundle, by name within it."""
+    found = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return {p.relative_to(folder).as_posix(): _sha256_of(p) for p in found}
 
 
 def _is_bundle(path: Path) -> bool:
     return path.is_dir() and (path / _INNER).is_file()
 
 
-def _sha256(path: Path) -> str:
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sha256_of(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -248,8 +277,11 @@ def _sha256(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ checking
-def _opened(place: Path, keys: Sequence[SSlibKey]) -> Signed:
-    """The statement in an envelope that one of `keys` signed."""
+def _opened(place: Path, paths: Sequence[Paths]) -> Signed:
+    """The statement in an envelope that was signed by one of the keys in the files `paths`."""
+    keys: list[SSlibKey] = [public_key(path) for path in paths]
+    if not keys:
+        raise InputError("no key was given to verify with", hint="name the signer's public key, KEY.pub")
     envelope = _envelope(place)
     if envelope.payload_type != PAYLOAD_TYPE:
         raise SignatureError(
@@ -257,7 +289,7 @@ def _opened(place: Path, keys: Sequence[SSlibKey]) -> Signed:
             hint="it is not the signature of a package",
         )
     try:
-        accepted = envelope.verify(list(keys), 1)
+        accepted = envelope.verify(keys, 1)
     except VerificationError as error:
         named = {key.keyid for key in keys} & set(envelope.signatures)
         why = (
@@ -284,7 +316,7 @@ def _opened(place: Path, keys: Sequence[SSlibKey]) -> Signed:
     predicate = payload["predicate"]
     try:
         release, expires = predicate["release"], predicate.get("expires")
-        if type(release) is not int:
+        if type(release) is not int or not isinstance(predicate.get("package", {}), dict):
             raise TypeError(release)
         return Signed(
             release=release,
@@ -327,11 +359,12 @@ def _compare(path: Path, signed: Signed) -> None:
         raise InputError(f"there is no file {path}", hint="name the package or bundle that was signed")
     if not _is_bundle(path):
         data = archive.load(path)
-        archive.open_bytes(data)  # it names damage better
-        if hashlib.sha256(data).hexdigest() not in signed.files.values():
-            raise SignatureError(
-                f"{path} is not what was signed", hint="it was changed, or the signature is of another"
-            )
+        _, index, _ = archive.open_bytes(data)  # it names damage better
+        _same_package(path, data, signed)
+        if _sha256(data) not in signed.files.values():
+            raise _not_the_same(path)
+        if path.is_dir() and (more := directory.others(path, index.parts)):
+            raise _not_signed(path, more[0])
         return
     found = _files(path)
     for name, expected in signed.files.items():
@@ -340,9 +373,22 @@ def _compare(path: Path, signed: Signed) -> None:
             raise SignatureError(f"{name} in {path} {what}", hint="get the bundle again")
     more = sorted(set(found) - set(signed.files))
     if more:
-        raise SignatureError(
-            f"{path} holds {more[0]}, which was not signed", hint="take it out, or sign the bundle again"
-        )
+        raise _not_signed(path, more[0])
+
+
+def _same_package(path: Path, data: bytes, signed: Signed) -> None:
+    """Raises SignatureError unless the package that begins with `data` is the one that the statement tells of: in a
+    bundle others may have been signed beside it."""
+    if signed.predicate.get("package", {}).get("digest") != layout.parse_header(data).digest.hex():
+        raise _not_the_same(path)
+
+
+def _not_the_same(path: Path) -> SignatureError:
+    return SignatureError(f"{path} is not what was signed", hint="it was changed, or the signature is of another")
+
+
+def _not_signed(folder: Path, name: str) -> SignatureError:
+    return SignatureError(f"{folder} holds {name}, which was not signed", hint="take it out, or sign the folder again")
 
 
 def _time(text: Any) -> datetime:

@@ -11,16 +11,18 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import httpx2
 
-from penjing.errors import InputError, TransferError
+from penjing.errors import InputError, PackageError, TransferError
 from penjing.package import directory
 from penjing.package.arrivals import Arrivals
 from penjing.package.fetching import HEADWAY, Crew, Opened, Patience
+from penjing.package.layout import SEALED, parse_header
 from penjing.package.manifest import Manifest
 from penjing.package.sources import Gone, Passing, Source, Web, address, open_source, shown
+from penjing.package.volumes import Holding, holding
 from penjing.progress import SILENT, Progress
 
 _GRACE = 3.0  # seconds for which the URLs named first are waited for once another has answered
@@ -55,6 +57,7 @@ def pull(
     *,
     until_bytes: int | None = None,
     layers: int | None = None,
+    layers_of: Callable[[Manifest], Sequence[int]] | None = None,
     jobs: int = 4,
     layout: str = "file",
     patience: Patience | None = None,
@@ -63,7 +66,9 @@ def pull(
     """Fetches a package from one or several http(s) URLs: packages, directories, volumes; mirrors, or each with some.
 
     until_bytes: end early, with the parts that lie within so many first bytes of the package; layers: with those of so
-    many quality layers. The next pull goes on. jobs: requests at a time. layout: of the result, "file" or "directory".
+    many quality layers. The next pull goes on. layers_of: tells the layer of each part of a package that hides it
+    (`sealing.layers_of` with a recipient's keys). jobs: requests at a time. layout: of the result, "file" or
+    "directory".
     Raises InputError for arguments that make no sense, TransferError where the servers do not give the package (what
     has come is kept), OutputError.
     """
@@ -79,31 +84,52 @@ def pull(
     directory.check(layout)
     out = Path(out)
 
+    def chosen(front: Manifest) -> list[int]:
+        return wanted(front, until_bytes, layers, layers_of)
+
     async def all_of_it() -> Pulled:
-        web = Web(timeout=(patience or Patience()).timeout, connections=jobs)
+        # A URL that is slow to open holds a connection, and must hold up no other.
+        web = Web(timeout=(patience or Patience()).timeout, connections=jobs + len(addresses))
         try:
-            return await _pull(
-                web, addresses, out, (until_bytes, layers), jobs, layout, patience or Patience(), progress
-            )
+            return await _pull(web, addresses, out, chosen, jobs, layout, patience or Patience(), progress)
         finally:
             await web.close()
 
     return _finished(all_of_it)
 
 
-def wanted(front: Manifest, until_bytes: int | None, layers: int | None = None) -> list[int]:
-    """Numbers of the parts to fetch: all, or those in the first bytes of the single file, and of the first layers."""
-    return [
-        n
-        for n, (part, end) in enumerate(zip(front.parts, front.offsets[1:], strict=True))
-        if (until_bytes is None or end <= until_bytes) and (layers is None or part.layer <= layers)
-    ]
+def wanted(
+    front: Manifest,
+    until_bytes: int | None,
+    layers: int | None = None,
+    layers_of: Callable[[Manifest], Sequence[int]] | None = None,
+) -> list[int]:
+    """Numbers of the parts to fetch: all, or those in the first bytes of the single file, and of the first layers.
+
+    Raises InputError where the layers of a sealed package are asked for and nothing tells them.
+    """
+    numbers = [n for n, end in enumerate(front.offsets[1:]) if until_bytes is None or end <= until_bytes]
+    if layers is None:
+        return numbers
+    if layers_of is not None:
+        found = layers_of(front)
+    elif parse_header(front.data).required & SEALED:
+        raise InputError(
+            "the package is sealed: only its recipients can tell its layers",
+            hint="give --identity KEY; or --until-bytes, as layers come one after another",
+        )
+    else:
+        found = [part.layer for part in front.parts]
+    return [n for n in numbers if found[n] <= layers]
 
 
 def _finished(work: Callable[[], Awaitable[T]]) -> T:
     """The result of a coroutine, also where a loop runs already (a notebook): in a thread, then."""
 
+    running: list[asyncio.Task[T]] = []
+
     async def run() -> T:
+        running.append(cast("asyncio.Task[T]", asyncio.current_task()))
         return await work()
 
     try:
@@ -111,14 +137,20 @@ def _finished(work: Callable[[], Awaitable[T]]) -> T:
     except RuntimeError:
         return asyncio.run(run())
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(run())).result()
+        done = pool.submit(lambda: asyncio.run(run()))
+        try:
+            return done.result()
+        except KeyboardInterrupt:  # the pool would wait for the end of the pull
+            for task in running:
+                task.get_loop().call_soon_threadsafe(task.cancel)
+            raise
 
 
 async def _pull(
     web: Web,
     addresses: list[httpx2.URL],
     out: Path,
-    limits: tuple[int | None, int | None],
+    chosen: Callable[[Manifest], list[int]],
     jobs: int,
     layout: str,
     patience: Patience,
@@ -128,10 +160,11 @@ async def _pull(
     try:
         with progress.task("asking for the manifest"):
             front = await _first(addresses, answers)
-        folder = out.with_name(out.name + ".pull")
-        numbers = wanted(front, *limits)
+        folder = out.with_name(out.name + directory.PULL)
+        numbers = chosen(front)
         due = {front.parts[n].digest: front.parts[n] for n in numbers}
-        with Arrivals(folder, front, numbers) as arrivals:
+        whole_file = front.total if layout == "file" and len(numbers) == len(front.parts) else 0
+        with Arrivals(folder, front, numbers, earlier=_earlier(out), besides=whole_file) as arrivals:
             with progress.task("pulling (bytes)", sum(p.stored for p in due.values())) as advance:
                 advance(sum(map(arrivals.begun, due.values())))
                 crew = Crew(web, arrivals, patience, advance)
@@ -142,7 +175,7 @@ async def _pull(
                 raise _failure(front, lost, folder)
             missing = arrivals.missing()
             if not missing:
-                arrivals.finish(out, layout)
+                arrivals.finish(out, layout, progress)
     finally:
         for answer in answers:
             answer.cancel()
@@ -155,6 +188,14 @@ async def _pull(
         fetched_bytes=arrivals.fetched,
         missing=tuple(missing),
     )
+
+
+def _earlier(out: Path) -> Holding | None:
+    """The package that stands where the new one will: what they share need not come again."""
+    try:
+        return holding(out) if out.exists() else None
+    except PackageError:
+        return None
 
 
 async def _first(addresses: list[httpx2.URL], answers: Sequence[Opened]) -> Manifest:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -110,7 +111,7 @@ def split(
         for volume, run in zip(names, runs, strict=True):
             payloads = _payloads([source], run)
             if layout == "directory":
-                _fill(aside / volume, front, run, payloads, advance)
+                fill(aside / volume, front, run, payloads, advance)
                 continue
             with (aside / (volume + SUFFIX)).open("wb") as file:
                 file.write(_HEAD.pack(MAGIC, _VERSION, run.start, len(run), len(front.data)) + front.data)
@@ -148,7 +149,7 @@ def join(
     with progress.task("joining", len(every)) as advance:
         if layout == "directory":
             with appearing_folder(out, ours=directory.is_ours) as folder:
-                _fill(folder, front, every, _payloads(found, every), advance)
+                fill(folder, front, every, _payloads(found, every), advance)
             return out
         with appearing(out) as aside, aside.open("wb") as file:
             file.write(front.data)
@@ -204,11 +205,20 @@ def read_at(place: tuple[Path, int] | None, size: int) -> bytes | None:
                 return None
             file.seek(at)
             return file.read(size)
+    except FileNotFoundError:  # the folder of a pull that came to its end just now
+        return None
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _fill(folder: Path, front: Manifest, run: range, payloads: Iterator[bytes], advance: Callable[[int], None]) -> None:
+def fill(
+    folder: Path,
+    front: Manifest,
+    run: Iterable[int],
+    payloads: Iterable[bytes],
+    advance: Callable[[int], None],
+) -> None:
+    """Writes the manifest and the parts `run` into a folder."""
     folder.mkdir(exist_ok=True)
     (folder / MANIFEST).write_bytes(front.data)
     for number, payload in zip(run, payloads, strict=True):
@@ -228,7 +238,8 @@ def _even(front: Manifest, into: int) -> list[range]:
     for i in range(1, into):
         aim = start + span * i / into
         low, high = cuts[-1] + 1, count - (into - i)
-        cuts.append(min(range(low, high + 1), key=lambda n: abs(front.offsets[n] - aim)))
+        near = bisect_left(front.offsets, aim, low, high)
+        cuts.append(near if near == low or front.offsets[near] - aim < aim - front.offsets[near - 1] else near - 1)
     return [range(a, b) for a, b in zip(cuts, [*cuts[1:], count], strict=True)]
 
 
