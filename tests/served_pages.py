@@ -6,6 +6,8 @@ import http.server
 import io
 import re
 import shlex
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -41,6 +43,9 @@ def run_page(name, folder, monkeypatch, capfd):
                 continue
             for command in code.splitlines():
                 program, *arguments = shlex.split(command)
+                if program == "python":
+                    subprocess.run([sys.executable, *arguments], check=True)
+                    continue
                 assert program == "penjing"
                 assert main(arguments) == 0, f"{command}\n{capfd.readouterr().err}"
         server.shutdown()
