@@ -106,7 +106,7 @@ CASES = {
     "33 axes": (rebuilt(lambda p: p.front["shapes"].__setitem__(8, [1] * 33)), "absurd shape"),
     "absurd shape": (rebuilt(lambda p: p.front["shapes"].__setitem__(0, [2**40, 2**40])), "absurd shape"),
     "absurd empty shape": (rebuilt(lambda p: p.front["shapes"].__setitem__(9, [0, 2**62])), "absurd shape"),
-    "number of 400 digits": (rebuilt(lambda p: p.front["shapes"].__setitem__(8, [10**400])), "absurd shape"),
+    "number of 400 digits": (rebuilt(lambda p: p.front["shapes"].__setitem__(8, [10**400])), "an absurd number"),
     "larger tensor": (rebuilt(lambda p: p.front["shapes"].__setitem__(0, [2**30, 1])), "holds more than"),
     "metadata a list": (front(metadata=[1]), "'metadata' is missing or of the wrong kind"),
     "topology not understood": (front(topology=[1, 2]), "'topology' is not understood"),

@@ -228,13 +228,19 @@ def test_cuts_are_optimal_and_nested():
 
 def test_bins_have_values_of_their_own():
     bins = Bins((tuple(ladders.around(128, [2, 9, 25])),))
-    weights = np.random.default_rng(0).integers(0, 9, 256)
+    weights = np.random.default_rng(0).integers(0, 9, (3, 256))
+    weights[1, 150] = 10_000  # more than half of its bin
+    weights[2] = 0  # nothing expected: all alike
     values = bins.values(weights, 1)
     used = int(bins.tables[0].max()) + 1
-    assert used == 7 and (bins.tables[0][values[:used]] == np.arange(used)).all()
-    assert (
-        bins.values(np.zeros(256, dtype=np.int64), 1)[:used] == values[:used]
-    ).sum() >= 0  # nothing expected: no error
+    assert used == 7 and (bins.tables[0][values[:, :used]] == np.arange(used)).all() and not values[:, used:].any()
+    for each, row in zip(weights, values, strict=True):
+        for number in range(used):
+            inside = np.flatnonzero(bins.tables[0] == number)
+            own = each[inside] if each[inside].any() else np.ones_like(inside)
+            mean = (2 * int(own @ inside) + int(own.sum())) // (2 * int(own.sum()))
+            assert row[number] == (inside[own.argmax()] if 2 * own.max() > own.sum() else mean)
+    assert 150 in values[1]
     assert Planes((2, 1, 1)).shift(1) == 16 and Planes((2, 1, 1)).shift(3) == 0
 
 

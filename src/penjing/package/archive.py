@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from penjing.errors import InputError, PackageError
 from penjing.package import codecs, directory, grids, layout, prediction
 from penjing.package.assembly import Assembly
+from penjing.package.claims import is_deep
 from penjing.package.layout import HEADER_SIZE, Header, Index, Part
 from penjing.package.manifest import tensors_in
 from penjing.package.pieces import CODES, Tensor, divide, spec
@@ -247,6 +248,8 @@ def plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         text = json.dumps(dict(metadata or {}), allow_nan=False, ensure_ascii=False)
         text.encode()
         plain: dict[str, Any] = json.loads(text)
+        if is_deep(plain):
+            raise ValueError("it is nested too deep")
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"the metadata is no plain JSON: {error}", hint="use text, numbers, lists and dicts"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from penjing.errors import PackageError
 from penjing.package import codecs, grids, nested, prediction
+from penjing.package.claims import shown
 from penjing.package.ladders import Bins, Ladder, Planes
 from penjing.package.layout import Index, Part
 from penjing.package.models import Bytes
@@ -21,6 +22,8 @@ from penjing.package.pieces import Piece, Spec, Tensor, spec
 from penjing.package.prediction import Predictor, Weights
 
 Array = NDArray[Any]
+
+_RANGE = 1 << 20
 
 
 class Assembly:
@@ -30,17 +33,10 @@ class Assembly:
         self._index = index
         self._ladders = index.ladders or (None,) * len(index.tensors)
         self._taken: set[int] = set()
-        self._held: list[Array] = []
+        # Of the tensors of which a part was taken: an index may tell of more than there is.
+        self._held: dict[int, Array] = {}
         self._used: dict[int, Bytes] = {}  # the model of each element of a tensor with bins
         self._known: dict[int, Bytes] = {}  # layers that are known of each element of a layered tensor
-        for i, (tensor, ladder) in enumerate(zip(index.tensors, self._ladders, strict=True)):
-            if ladder is None:
-                self._held.append(np.empty(tensor.size, dtype=tensor.dtype))
-                continue
-            self._held.append(np.zeros(tensor.size, dtype=np.uint8 if isinstance(ladder, Bins) else "<u4"))
-            self._known[i] = np.zeros(tensor.size, dtype=np.uint8)
-            if isinstance(ladder, Bins):
-                self._used[i] = np.zeros(tensor.size, dtype=np.uint8)
 
     @property
     def layers(self) -> int:
@@ -65,6 +61,9 @@ class Assembly:
                 f"part {number} is of layer {part.layer}, and a layer before it is missing",
                 hint="take the parts of one layer after those of the one before",
             )
+        for piece in part.pieces:
+            if piece.tensor not in self._held:
+                self._open(piece.tensor)
         if part.codec == codecs.NESTED:
             self._take_nested(part, payload)
         else:
@@ -79,6 +78,9 @@ class Assembly:
         if not self.layers:
             raise PackageError("the first layer is not here", hint="penjing pull fetches it")
         out = {}
+        for number in range(len(self._index.tensors)):
+            if number not in self._held:  # nothing of it is anywhere
+                self._open(number)
         found = [
             self._values(i, t, ladder)
             for i, (t, ladder) in enumerate(zip(self._index.tensors, self._ladders, strict=True))
@@ -99,9 +101,29 @@ class Assembly:
             for (i, _), symbols in zip(group, restored, strict=True):
                 found[i] = grids.values(symbols, self._index.tensors[i].code)
 
+    def _open(self, number: int) -> None:
+        """Makes room for a tensor."""
+        tensor, ladder = self._index.tensors[number], self._ladders[number]
+        try:
+            if ladder is None:
+                self._held[number] = np.empty(tensor.size, dtype=tensor.dtype)
+                return
+            held: Array = np.zeros(tensor.size, dtype=np.uint8 if isinstance(ladder, Bins) else "<u4")
+            self._known[number] = np.zeros(tensor.size, dtype=np.uint8)
+            if isinstance(ladder, Bins):
+                self._used[number] = np.zeros(tensor.size, dtype=np.uint8)
+            self._held[number] = held
+        except MemoryError as error:
+            raise PackageError(
+                f"there is no memory for the {tensor.nbytes:,} bytes of tensor '{shown(tensor.name)}'",
+                hint="is the package from whom you think? Then take a larger machine",
+            ) from error
+
     def _is_next(self, piece: Piece, layer: int) -> bool:
+        if self._ladders[piece.tensor] is None:
+            return True
         known = self._known.get(piece.tensor)
-        return known is None or bool((known[piece.start : piece.stop] == layer - 1).all())
+        return layer == 1 if known is None else bool((known[piece.start : piece.stop] == layer - 1).all())
 
     def _take_plain(self, part: Part, payload: memoryview) -> None:
         specs = [self._spec(p, part.layer) for p in part.pieces]
@@ -157,7 +179,10 @@ class Assembly:
             table[-1] = np.arange(256)
             for layer in range(1, ladder.layers):
                 table[layer - 1] = ladder.table(self._index.models, layer)
-            values = table[known - 1, self._used[number], held]
+            values = np.empty_like(held)
+            for start in range(0, len(held), _RANGE):  # numpy widens what it looks up with to 64 bits
+                place = slice(start, start + _RANGE)
+                values[place] = table[known[place] - 1, self._used[number][place], held[place]]
         return grids.values(values, tensor.code)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from penjing.package import codecs
 from penjing.package.archive import LADDER, load, open_bytes
+from penjing.package.claims import shown
 from penjing.package.delta import changes
 from penjing.package.layout import DELTA, HEADER_SIZE, SEALED, Index
 from penjing.package.pieces import spec
@@ -115,7 +116,7 @@ class Contents:
             )
         head = ("tensor", "type", "shape", "codec", "raw", "coded", "bits/element")
         rows = [
-            (r.name, r.dtype, "×".join(map(str, r.shape)) or "scalar", r.codec, f"{r.raw_bytes:,}",
+            (shown(r.name), r.dtype, "×".join(map(str, r.shape)) or "scalar", r.codec, f"{r.raw_bytes:,}",
              f"{r.coded_bytes:,}", f"{r.bits_per_element:.2f}")
             for r in self.tensors
         ]  # fmt: skip
@@ -234,6 +235,8 @@ def _ladder(index: Index, front: int, total: int) -> tuple[Rung, ...]:
 
 def _divided(total: int, weights: list[float]) -> list[int]:
     """`total` in whole numbers proportional to `weights`, nothing lost to rounding."""
+    if not weights:
+        return []
     whole = sum(weights)
     shares = np.array(weights) if whole > 0 else np.ones(len(weights))
     edges = np.rint(np.concatenate([[0.0], np.cumsum(shares)]) * (total / shares.sum())).astype(np.int64)

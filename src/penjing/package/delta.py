@@ -21,7 +21,7 @@ from penjing.digests import digest
 from penjing.errors import InputError, PackageError
 from penjing.package import archive, directory, layout
 from penjing.package.assembly import Assembly
-from penjing.package.claims import bad_index, field
+from penjing.package.claims import bad_index, field, is_unicode, shown
 from penjing.package.layout import Index
 from penjing.progress import SILENT, Progress
 
@@ -150,6 +150,8 @@ def changes(index: Index) -> Changes:
         bad_index("the delta does not say what each tensor is")
     if names is not None and (any(not isinstance(n, str) for n in names) or len(set(names)) != len(names)):
         bad_index("two tensors share a name")
+    if not is_unicode(names):
+        bad_index("a tensor's name is no valid Unicode")
     return Changes(parent=parent, child=child, names=names, kinds=kinds)
 
 
@@ -167,7 +169,7 @@ def _difference(old: Array, new: Array) -> Array:
 def _added(name: str, old: Array | None, apart: Array) -> Array:
     if old is None or old.shape != apart.shape or old.dtype == bool or _kind(old.dtype) != apart.dtype:
         raise PackageError(
-            f"the delta changes tensor '{name}' in a way that does not fit it",
+            f"the delta changes tensor '{shown(name)}' in a way that does not fit it",
             hint="it was made by a faulty writer; get it again",
         )
     if apart.dtype == np.int8:

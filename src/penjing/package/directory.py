@@ -91,8 +91,8 @@ def load_manifest(folder: Path) -> Manifest:
     """The manifest of a directory. Raises PackageError."""
     with (folder / MANIFEST).open("rb") as file:
         front = read_front(file)
-        rest = len(file.read(front.total))
-    if rest:
+        rest = _size(file) - len(front.data)
+    if rest > 0:
         raise PackageError(f"{folder / MANIFEST} has {rest} bytes too many", hint="get the package again")
     return front
 

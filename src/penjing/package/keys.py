@@ -144,7 +144,11 @@ def recipients(texts: Sequence[str]) -> list[Any]:
 
 
 def _recipient_lines(text: str) -> list[str]:
-    if not Path(text).is_file():
+    try:
+        there = Path(text).is_file()
+    except OSError:  # longer than a name can be
+        there = False
+    if not there:
         raise InputError(f"{_shown(text)} is no recipient, nor a file of them", hint=_RECIPIENTS)
     try:
         lines = _lines(_read(text))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penjing.package.claims import bad_index, field, naturals
+from penjing.package.claims import bad_index, field, naturals, shown
 from penjing.package.models import Bytes, Floats, Model
 from penjing.package.pieces import GRIDS, Piece, Tensor, in_part_order
 
@@ -62,17 +62,18 @@ class Bins:
         return _table(self, tuple(models), layer)
 
     def values(self, weights: Weights, layer: int) -> Bytes:
-        """The value that stands for each bin of a layer, in (256,): the one that has more than half of its weight, else
-        the mean, rounded. So zeros stay zeros where they are many."""
+        """The value that stands for each bin of a layer, (models, 256), with weights (models, 256): the one that has
+        more than half of its bin's weight, else the mean, rounded. So zeros stay zeros where they are many."""
         table = self.tables[layer - 1]
-        out = np.zeros(256, dtype=np.uint8)
-        for number in range(int(table[-1]) + 1):
-            inside = np.flatnonzero(table == number)
-            own = weights[inside]
-            own = own if own.any() else np.ones_like(own)
-            total, most = int(own.sum()), int(own.argmax())
-            mean = (2 * int(own @ inside) + total) // (2 * total)
-            out[number] = inside[most] if 2 * int(own[most]) > total else mean
+        starts = np.flatnonzero(np.diff(table.astype(np.int64), prepend=-1))
+        bins = table.astype(np.intp)
+        own = np.where(np.add.reduceat(weights, starts, axis=1)[:, bins] > 0, weights, 1)
+        total = np.add.reduceat(own, starts, axis=1)
+        mean = (2 * np.add.reduceat(own * np.arange(256), starts, axis=1) + total) // (2 * total)
+        out = np.zeros((len(weights), 256), dtype=np.uint8)
+        out[:, : len(starts)] = mean
+        models, most = np.nonzero(2 * own > total[:, bins])
+        out[models, bins[most]] = most
         return out
 
 
@@ -121,7 +122,7 @@ def weights_of(model: Model) -> Weights:
 
 @lru_cache(maxsize=256)  # tensors by the thousand share few ladders
 def _table(bins: Bins, models: tuple[Model, ...], layer: int) -> Bytes:
-    return np.array([bins.values(weights_of(model), layer) for model in models], dtype=np.uint8).reshape(-1, 256)
+    return bins.values(np.array([weights_of(model) for model in models], dtype=np.int64).reshape(-1, 256), layer)
 
 
 def pack(chosen: Sequence[Ladder | None]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def parse(front: Mapping[str, Any], tensors: Sequence[Tensor]) -> tuple[Ladder |
         ladder = ladders[number]
         kinds = {Bins: GRIDS, Planes: _FLOAT, type(None): tensor.code}[type(ladder)]
         if tensor.code not in kinds or (number and not tensor.size):
-            bad_index(f"the ladder of tensor '{tensor.name}' is one for other types")
+            bad_index(f"the ladder of tensor '{shown(tensor.name)}' is one for other types")
         out.append(ladder)
     return tuple(out)
 
@@ -247,5 +248,5 @@ def parse_rows(
         for number in members:
             edges = [0, *(edge for pair in sorted(held.get(number, [])) for edge in pair), tensors[number].size]
             if any(a != b for a, b in zip(edges[::2], edges[1::2], strict=True)):
-                bad_index(f"layer {layer} of tensor '{tensors[number].name}' overlaps itself or has a gap")
+                bad_index(f"layer {layer} of tensor '{shown(tensors[number].name)}' overlaps itself or has a gap")
     return out

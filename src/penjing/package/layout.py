@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from penjing.errors import InputError, PackageError
 from penjing.package import ladders, prediction, zstd
-from penjing.package.claims import bad_index, field, naturals
+from penjing.package.claims import bad_index, field, is_deep, is_unicode, naturals, shown
 from penjing.package.codecs import NAMES, NESTED, NUMBERS, PARENT, PHRASES, STORED, ZSTD
 from penjing.package.ladders import Ladder
 from penjing.package.models import Model, pack_models, unpack_models
@@ -33,6 +33,7 @@ _MAX_TENSORS = 1_000_000
 _MAX_DIMS = 32
 _FREE = 256 << 20  # raw bytes that any package may declare
 _RATIO = 1000  # and how many times its own size a larger one may
+_VALUE = 64  # bytes that a value of the index's JSON takes in memory, about
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,11 @@ def pack(index: Index, *, required: int = 0, optional: int = 0) -> bytes:
     coded = zstd.compress(text) or b""
     digests = b"".join(p.digest for p in (index.topology, *index.parts))
     body = coded + digests + pack_models(index.models)
-    if len(body) > _MAX_INDEX or len(text) > _json_limit(len(coded)):
+    if (
+        len(body) > _MAX_INDEX
+        or len(text) > _json_limit(len(coded))
+        or _in_memory(text) > raw_limit(HEADER_SIZE + len(body))
+    ):
         raise InputError("the tensors' names and the metadata are too large for a package")
     head = _HEADER.pack(MAGIC, VERSION, required, optional, len(body), len(coded), len(text))
     return head + hashlib.sha256(head + body).digest() + body
@@ -197,7 +202,7 @@ def parse_index(head: bytes | memoryview, body: bytes | memoryview, size: int | 
         raise cut_short(len(head) + len(body), front_size)
     if hashlib.sha256(bytes(head[: _HEADER.size]) + bytes(body)).digest() != header.digest:
         raise PackageError("the package's index does not match its SHA-256", hint="it is damaged: get it again")
-    front = _load_json(zstd.decompress(body[: header.json_stored], header.json_raw))
+    front = _load_json(zstd.decompress(body[: header.json_stored], header.json_raw), raw_limit(front_size))
     tensors = _tensors(front)
     parts = field(front, "parts", list)
     digests = bytes(body[header.json_stored : header.json_stored + 32 * (len(parts) + 1)])
@@ -212,7 +217,7 @@ def parse_index(head: bytes | memoryview, body: bytes | memoryview, size: int | 
         topology_raw=topology_raw,
         parts=_parts(parts, tensors, steps, digests),
         models=unpack_models(body[header.json_stored + len(digests) :]),
-        metadata=field(front, "metadata", dict) if "metadata" in front else {},
+        metadata=_metadata(front),
         ladders=steps,
         predictors=prediction.parse(front, tensors) if header.required & PREDICTED else (),
         delta=field(front, "delta", dict) if is_delta else None,
@@ -234,9 +239,17 @@ def _json_limit(stored: int) -> int:
     return min(_MAX_INDEX, max(1 << 20, 256 * stored))
 
 
-def _load_json(text: bytes) -> dict[str, Any]:
+def _in_memory(text: bytes) -> int:
+    """About the bytes that a JSON text takes once it is read."""
+    return _VALUE * sum(map(text.count, (b",", b"[", b"{")))
+
+
+def _load_json(text: bytes, room: int) -> dict[str, Any]:
+    """The index's JSON; `room`: bytes that it may take in memory, where a value is far larger than in the text."""
+    if _in_memory(text) > room:
+        bad_index("it declares an absurd size for its index")
     try:
-        front = json.loads(text, parse_constant=_no_constant)
+        front = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         bad_index("it is no JSON text")
     if not isinstance(front, dict):
@@ -248,19 +261,35 @@ def _no_constant(word: str) -> NoReturn:
     raise ValueError(word)
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_constant(text)
+
+
+def _metadata(front: dict[str, Any]) -> dict[str, Any]:
+    metadata: dict[str, Any] = field(front, "metadata", dict) if "metadata" in front else {}
+    if is_deep(metadata):
+        bad_index("its metadata are nested too deep")
+    if not is_unicode(metadata):
+        bad_index("its metadata are no valid Unicode")
+    return metadata
+
+
 def _tensors(front: dict[str, Any]) -> tuple[Tensor, ...]:
     names, types, shapes = field(front, "names", list), field(front, "types", str), field(front, "shapes", list)
     if not len(names) == len(types) == len(shapes) <= _MAX_TENSORS:
         bad_index("it has not one name, type and shape for each tensor")
     if any(not isinstance(n, str) for n in names) or len(set(names)) != len(names):
         bad_index("two tensors share a name")
+    if not is_unicode(names):
+        bad_index("a tensor's name is no valid Unicode")
     if any(t not in CODES for t in types):
         bad_index("a tensor has an unknown element type")
     out = []
     for name, code, shape in zip(names, types, shapes, strict=True):
         dims = naturals(shape, "a shape")
         if not fits(dims):
-            bad_index(f"tensor '{name}' has an absurd shape")
+            bad_index(f"tensor '{shown(name)}' has an absurd shape")
         out.append(Tensor(name=name, code=code, shape=tuple(dims)))
     return tuple(out)
 
@@ -276,6 +305,8 @@ def _topology(front: dict[str, Any], digest: bytes, is_delta: bool) -> tuple[Par
     if len(values) != 3 or values[0] not in known:
         bad_index("'topology' is not understood")
     codec, stored, raw = values
+    if raw > raw_limit(stored):
+        bad_index(f"it claims to hold {raw} bytes of topology in {stored}")
     return Part(codec=codec, stored=stored, digest=digest, pieces=()), raw
 
 

@@ -7,7 +7,8 @@ import hashlib
 from itertools import accumulate
 
 from penjing.errors import PackageError
-from penjing.package.layout import HEADER_SIZE, MAGIC, Index, Part, parse_header, parse_index
+from penjing.package.claims import bad_index, shown
+from penjing.package.layout import HEADER_SIZE, MAGIC, Index, Part, parse_header, parse_index, raw_limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,17 @@ def parse(data: bytes) -> Manifest:
         raise PackageError("the topology does not match its SHA-256", hint="the package is damaged: get it again")
     size = front + index.topology.stored
     offsets = tuple(accumulate((part.stored for part in index.parts), initial=size))
+    # Outside of a single file parts of equal bytes are there once, however often they are named.
+    held = size + sum({part.digest: part.stored for part in index.parts}.values())
+    if max(index.raw, offsets[-1]) > raw_limit(held):
+        bad_index(f"it claims to hold {max(index.raw, offsets[-1])} bytes in parts of {held}")
     return Manifest(data=data[:size], index=index, offsets=offsets)
 
 
 def tensors_in(index: Index, part: Part) -> str:
     """The first tensors of a part, and how many more there are."""
-    names = [index.tensors[p.tensor].name for p in part.pieces]
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") or "sealed"
+    names = [shown(index.tensors[p.tensor].name) for p in part.pieces[:2]]
+    return ", ".join(names) + (f" and {len(part.pieces) - 2} more" if len(part.pieces) > 2 else "") or "sealed"
 
 
 def _index(data: bytes, front: int) -> Index:

@@ -41,7 +41,7 @@ class Run:
 
 def spread(names: NDArray[np.uint8], size: int, unit: int) -> Bytes:
     """The model of each element, of those of its piece's units."""
-    return names.repeat(unit)[:size]
+    return names.repeat(min(unit, max(size, 1)))[:size]
 
 
 def encode_first(runs: Sequence[Run], values: Sequence[Bytes], assigned: Sequence[grids.Assignment],

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penjing.package.claims import bad_index, field, naturals
+from penjing.package.claims import bad_index, field, naturals, shown
 from penjing.package.models import Bytes, Floats
 from penjing.package.pieces import Tensor
 
@@ -231,9 +231,9 @@ def parse(front: Mapping[str, Any], tensors: Sequence[Tensor]) -> tuple[Predicto
             continue
         weights, gaps = known[number - 1], naturals(next(left), "'plain'")
         if taps(tensor) != len(weights) + 1:
-            bad_index(f"the predictor of tensor '{tensor.name}' is one for other kernels")
+            bad_index(f"the predictor of tensor '{shown(tensor.name)}' is one for other kernels")
         if sum(gaps) * taps(tensor) >= tensor.size or 0 in gaps[1:]:
-            bad_index(f"tensor '{tensor.name}' has no such kernels")
+            bad_index(f"tensor '{shown(tensor.name)}' has no such kernels")
         out.append(Predictor(weights, tuple(accumulate(gaps))))
     return tuple(out)
 

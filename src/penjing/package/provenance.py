@@ -11,6 +11,7 @@ from typing import Any
 from penjing.digests import digest
 from penjing.errors import PackageError
 from penjing.package import archive
+from penjing.package.claims import is_deep
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WORD = re.compile(r"[A-Za-z][\w .-]{0,79}")
@@ -98,7 +99,7 @@ def _described(topology: str) -> dict[str, Any]:
         described = json.loads(topology)
     except (ValueError, RecursionError):
         described = None
-    if not isinstance(described, dict):
+    if not isinstance(described, dict) or is_deep(described):
         raise PackageError("the topology is no network's", hint="packages of networks are made by penjing pack")
     return described
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from penjing.errors import InputError, PackageError
 from penjing.package import archive, directory, layout
 from penjing.package.assembly import Assembly
+from penjing.package.claims import bad_index
 from penjing.package.manifest import Manifest
 from penjing.package.volumes import Holding, holding, read_at
 
@@ -30,6 +31,8 @@ class Refining:
         archive.refuse_other_kinds(layout.parse_header(front.data))
         self._front = front
         self._assembly = Assembly(front.index)
+        self._here: dict[bytes, int] = {}  # bytes of the parts taken
+        self._raw = 0  # and how many they became
         every = front.index.layers
         self.wanted = every if layers is None else min(layers, every)
 
@@ -57,6 +60,14 @@ class Refining:
                     f"{self._front.name(number)} does not match its SHA-256",
                     hint="the package is damaged: get it again",
                 )
+            self._here[part.digest] = part.stored
+            self._raw += sum(
+                (p.stop - p.start) * self._front.index.tensors[p.tensor].dtype.itemsize
+                for p in part.pieces
+                if part.layer == 1
+            )
+            if self._raw > layout.raw_limit(here := len(self._front.data) + sum(self._here.values())):
+                bad_index(f"it claims to hold {self._raw} bytes in parts of {here}")
             self._assembly.take(number, memoryview(payload))
             taken += 1
         return taken

@@ -20,6 +20,7 @@ from penjing.digests import digest
 from penjing.errors import InputError, MissingExtraError, SignatureError
 from penjing.files import appearing
 from penjing.package import archive, directory, layout, provenance
+from penjing.package.claims import shown
 from penjing.package.keys import Paths, public_key, signing_key
 from penjing.package.manifest import Manifest
 
@@ -337,7 +338,7 @@ def _envelope(place: Path) -> Envelope:
             data = file.read(_MAX + 1)
     except (OSError, ValueError) as error:
         raise SignatureError(
-            f"there is no signature {place}" if not place.exists() else f"{place} cannot be read",
+            f"there is no signature {place}" if isinstance(error, FileNotFoundError) else f"{place} cannot be read",
             hint="penjing sign writes one; --signature names it where it lies elsewhere",
         ) from error
     try:
@@ -346,6 +347,8 @@ def _envelope(place: Path) -> Envelope:
         envelope = Envelope.from_dict(json.loads(data))
         if not isinstance(envelope.payload_type, str):
             raise TypeError("payloadType")
+        if not all(isinstance(keyid, str) for keyid in envelope.signatures):
+            raise TypeError("keyid")
         return envelope
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FormatError) as error:
         raise SignatureError(
@@ -370,7 +373,7 @@ def _compare(path: Path, signed: Signed) -> None:
     for name, expected in signed.files.items():
         if found.get(name) != expected:
             what = "is not what was signed" if name in found else "was signed, and is missing"
-            raise SignatureError(f"{name} in {path} {what}", hint="get the bundle again")
+            raise SignatureError(f"{shown(name)} in {path} {what}", hint="get the bundle again")
     more = sorted(set(found) - set(signed.files))
     if more:
         raise _not_signed(path, more[0])
@@ -388,7 +391,7 @@ def _not_the_same(path: Path) -> SignatureError:
 
 
 def _not_signed(folder: Path, name: str) -> SignatureError:
-    return SignatureError(f"{folder} holds {name}, which was not signed", hint="take it out, or sign the folder again")
+    return SignatureError(f"{folder} holds {shown(name)}, which was not signed", hint="take it out, or sign the folder again")
 
 
 def _time(text: Any) -> datetime:

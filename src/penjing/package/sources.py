@@ -28,7 +28,8 @@ _MAX_FRONT = 512 << 20
 _REDIRECTS = 10
 _SLOW = 256  # bytes a second below which a server is taken to have stalled
 _CODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_LENGTH = re.compile(r"[0-9]{1,18}")
 
 
 class Gone(Exception):
@@ -172,8 +173,8 @@ class Answer:
                 raise Passing("sends another range than it was asked for", lie=True)
             self.at = start
             self.total = None if found[3] == "*" else int(found[3])
-        elif coding in ("", "identity") and response.headers.get("content-length", "").isdecimal():
-            self.total = int(response.headers["content-length"])
+        elif coding in ("", "identity") and _LENGTH.fullmatch(length := response.headers.get("content-length", "")):
+            self.total = int(length)
         self._response, self._timeout = response, timeout
 
     async def body(self) -> AsyncIterator[bytes]:

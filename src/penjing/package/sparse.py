@@ -3,7 +3,8 @@
 penjing/tensors/sparse_coding.py has the order and the chances; zero is a piece's usual value there.
 
 A part's bytes: for each piece u8 form (bits 0-1: number of the prior, bit 2: turned), u8 usual value, u8 largest
-distance from it; then the words of a stack (models.py).
+distance from it; then the words of a stack (models.py). As empty rows take time but next to no bytes, a part has a
+limited number of rows for each of its bytes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,23 @@ import numpy as np
 
 from penjing.errors import PackageError
 from penjing.package.models import Bytes, Decoder, Encoder
-from penjing.tensors.sparse_coding import FORMS, LIKELY, PRIORS, TURNED, Floats, Meter, Symbols, flat, matrix, run
+from penjing.tensors.sparse_coding import (
+    FORMS,
+    LIKELY,
+    PRIORS,
+    TURNED,
+    Floats,
+    Meter,
+    Symbols,
+    flat,
+    matrix,
+    run,
+    shape_of,
+)
 
 _HEAD = 3
 _WORTH = 0.5  # a part with fewer usual values than this share is left to the other codecs
+_ROWS = 16  # of pieces that hold more than their usual value, for each byte of a part
 _FEW = 1 << 18  # values up to which the other priors are tried
 
 
@@ -45,7 +59,10 @@ def encode(sheets: Sequence[Sheet], *, worth: int) -> bytes | None:
         apart = (sheet.values - np.uint8(usual)).view(np.int8).astype(np.int32)
         most = int(np.abs(apart).max(initial=0))
         sizes = {form: Meter.size(matrix(apart, sheet.row, form), form) for form in LIKELY}
-        best = min(sizes, key=lambda k: sizes[k])
+        able = [f for f in sizes if 2 * len(matrix(apart, sheet.row, f)) <= _ROWS * (_HEAD + sizes[f] / 8) or not most]
+        if not able:
+            return None
+        best = min(able, key=lambda k: sizes[k])
         bits += sizes[best]
         heads += bytes([best, usual, most])
         chosen.append(apart)
@@ -61,7 +78,8 @@ def encode(sheets: Sequence[Sheet], *, worth: int) -> bytes | None:
             heads[_HEAD * number] = form
         values = matrix(apart, sheet.row, form)
         run(coder, values, values.shape, form, most)
-    return bytes(heads) + coder.words()
+    out = bytes(heads) + coder.words()
+    return out if _rows(heads, [(len(s.values), s.row) for s in sheets]) <= _ROWS * len(out) else None
 
 
 def decode(payload: memoryview, shapes: Sequence[tuple[int, int]]) -> list[Bytes]:
@@ -69,16 +87,24 @@ def decode(payload: memoryview, shapes: Sequence[tuple[int, int]]) -> list[Bytes
     heads, words = payload[: _HEAD * len(shapes)], payload[_HEAD * len(shapes) :]
     if len(heads) != _HEAD * len(shapes) or len(words) % 4:
         raise _damaged()
+    if any(form >= FORMS for form in heads[::_HEAD]) or any(most > 128 for most in heads[2::_HEAD]):
+        raise _damaged()
+    if _rows(heads, shapes) > _ROWS * len(payload):
+        raise PackageError(f"{_WHAT} has more rows than its bytes can tell of", hint="it was made to harm")
     coder, out = _Coder(words), []
     for number, (size, row) in enumerate(shapes):
         form, usual, most = heads[_HEAD * number : _HEAD * (number + 1)]
-        if form >= FORMS or most > 128:
-            raise _damaged()
-        shape = matrix(np.zeros(size, dtype=np.int8), row, form).shape
+        shape = shape_of(size, row, form)
         apart = flat(run(coder, None, shape, form, most), form)
         out.append(apart.astype(np.int8).view(np.uint8) + np.uint8(usual))
     coder.finish()
     return out
+
+
+def _rows(heads: bytes | bytearray | memoryview, shapes: Sequence[tuple[int, int]]) -> int:
+    """Rows to go through."""
+    forms = zip(shapes, heads[::_HEAD], heads[2::_HEAD], strict=True)
+    return sum(shape_of(size, row, form)[0] for (size, row), form, most in forms if most)
 
 
 def shares(payload: memoryview, shapes: Sequence[tuple[int, int]]) -> list[float]:

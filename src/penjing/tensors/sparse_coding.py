@@ -39,10 +39,15 @@ class Coder(Protocol):
         """Truth values, each with its own chance of being one."""
 
 
+def shape_of(size: int, row: int, form: int) -> tuple[int, int]:
+    """The shape of `matrix`, of `size` values."""
+    row = row if row and size % row == 0 else max(1, size)
+    return (row, size // row) if form & TURNED else (size // row, row)
+
+
 def matrix(values: NDArray[Any], row: int, form: int) -> NDArray[Any]:
     """Rows by columns as a form has them; values that do not make whole rows of that length are one row."""
-    row = row if row and len(values) % row == 0 else max(1, len(values))
-    plain = values.reshape(-1, row)
+    plain = values.reshape(shape_of(len(values), row, 0))
     return plain.T if form & TURNED else plain
 
 
