@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from penjing.errors import OutputError
 from penjing.files import appearing, replace_folder
+from penjing.package.claims import shown
 from penjing.package.directory import MANIFEST, file_of, is_ours, others
 from penjing.package.layout import Part
 from penjing.package.manifest import Manifest
@@ -54,8 +55,8 @@ class Arrivals:
         self._begun: dict[bytes, int] = {}
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-            if strange := [f.name for f in folder.iterdir() if not _OURS.fullmatch(f.name)]:
-                raise OutputError(f"{folder} holds other files: {strange[0]}", hint="name another place with --out")
+            if strange := [f.name for f in folder.iterdir() if not _is_ours(f)]:
+                raise OutputError(f"{folder} holds other files: {shown(strange[0])}", hint="name another place with --out")
             self._acquire()
         try:
             with self._writing():
@@ -220,6 +221,11 @@ class Intake:
     def done(self) -> bool:
         """Whether nothing is left to wait for."""
         return all(map(self._arrivals.has, self._left))
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file may be one of a transfer: no link, which would lead elsewhere, nor a pipe, which would never end."""
+    return _OURS.fullmatch(file.name) is not None and file.is_file() and not file.is_symlink()
 
 
 def _is_right(file: Path, part: Part) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -256,6 +257,11 @@ def _named(path: Path) -> Path:
 def _files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in a bundle, by name within it."""
     found = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    if strange := next((p for p in found if not p.is_file()), None):  # a pipe, say, would never end
+        raise InputError(
+            f"{shown(strange.relative_to(folder).as_posix())} in {folder} is no file that can be read",
+            hint="a bundle holds ordinary files: take it out",
+        )
     return {p.relative_to(folder).as_posix(): _sha256_of(p) for p in found}
 
 
@@ -334,6 +340,8 @@ def _opened(place: Path, paths: Sequence[Paths]) -> Signed:
 
 def _envelope(place: Path) -> Envelope:
     try:
+        if not stat.S_ISREG(place.stat().st_mode):  # a pipe, say, would never end
+            raise OSError("it is no ordinary file")
         with place.open("rb") as file:
             data = file.read(_MAX + 1)
     except (OSError, ValueError) as error:
