@@ -64,7 +64,7 @@ class Run:
     def feed(self, data: bytes) -> None:
         """One input."""
         self.inputs += 1
-        began = time.process_time()
+        began, stopped = time.process_time(), False
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)  # for those who wait
         try:
@@ -76,6 +76,7 @@ class Run:
         except MemoryError as error:
             self.fail("memory", error, data)
         except Hang as error:
+            stopped = True
             self.fail("hang", error, data)
         except BaseException as error:  # a panic of a library in Rust is no Exception
             self.fail("wrong" if type(error).__name__ == "Wrong" else "exception", error, data)
@@ -84,7 +85,7 @@ class Run:
             signal.setitimer(signal.ITIMER_REAL, 0)
         spent = time.process_time() - began
         self.slowest = max(self.slowest, spent)
-        if spent > SECONDS:
+        if spent > SECONDS and not stopped:
             self.fail("hang", Hang(f"{spent:.1f} s"), data)
 
     def fail(self, kind: str, error: BaseException, data: bytes) -> None:
@@ -117,7 +118,7 @@ class Run:
 
 def kind_of(error: Exception) -> str:
     """A refusal without what is different in each."""
-    text = re.sub(r"/\S+|'[^']*'|\([^)]*\)", "…", str(error).split("\n")[0])
+    text = re.sub(r"/\S+|(?<!\w)'[^']*'|\([^)]*\)", "…", str(error).split("\n")[0])
     return f"{type(error).__name__}: {re.sub(r'[0-9a-f]{6,}|[0-9,]+', 'N', text)[:70]}"
 
 
@@ -140,6 +141,7 @@ def child(args: argparse.Namespace) -> None:
     else:
         import fuzz_readers
     from penjing.package import layout
+    from penjing.testing.forging import mutated
 
     layout._FREE = FREE
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -158,13 +160,13 @@ def child(args: argparse.Namespace) -> None:
         sys.exit(f"a sound input is refused: {run.report()}")
     if not guided:
         while run.inputs < args.inputs:
-            run.feed(reader.change(rng.choice(reader.seeds), rng, fuzz_readers.mutated))
+            run.feed(reader.change(rng.choice(reader.seeds), rng, mutated))
         done()
         return
 
     def bitwise(data: bytes, rng: random.Random) -> bytes:
         """libFuzzer's own mutations, which know the numbers that the code compares with; or ours."""
-        return bytes(atheris.Mutate(data, len(data) + 16)) if rng.random() < 0.5 else fuzz_readers.mutated(data, rng)
+        return bytes(atheris.Mutate(data, len(data) + 16)) if rng.random() < 0.5 else mutated(data, rng)
 
     def change(data: bytes, most: int, seed: int) -> bytes:
         rng = random.Random(seed)
@@ -173,8 +175,8 @@ def child(args: argparse.Namespace) -> None:
             out: bytes = reader.change(start, rng, bitwise)
         except Exception as error:  # Atheris waits for ever where this raises
             run.fail("mutator", error, start)
-            return fuzz_readers.mutated(start, rng)[:most]
-        return out if len(out) <= most else fuzz_readers.mutated(rng.choice(reader.seeds), rng)[:most]
+            return mutated(start, rng)[:most]
+        return out if len(out) <= most else mutated(rng.choice(reader.seeds), rng)[:most]
 
     def feed(data: bytes) -> None:
         run.feed(data)

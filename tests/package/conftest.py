@@ -1,64 +1,10 @@
-"""Packages taken apart and put together again, so that tests can lie in one place and be right in all others."""
-
-import hashlib
-import json
-import struct
-from dataclasses import dataclass, field
+"""A small network, packages of it, and servers that have them."""
 
 import numpy as np
 import pytest
-import zstandard
 
-from penjing.package import encode, layout, manifest, save, split
-
-HEAD = struct.Struct("<8sBHHIII")
-
-
-def sha(data):
-    return hashlib.sha256(data).digest()
-
-
-@dataclass
-class Forge:
-    """The fields of a package; `build` makes every digest and length right again."""
-
-    front: dict
-    models: bytes
-    payloads: list
-    version: int = 1
-    required: int = 0
-    optional: int = 0
-    text: bytes | None = None
-    raw: int | None = None
-    digests: list = field(default_factory=list)
-
-    @classmethod
-    def of(cls, data):
-        _, version, required, optional, size, stored, raw = HEAD.unpack_from(data)
-        body = data[layout.HEADER_SIZE : layout.HEADER_SIZE + size]
-        front = json.loads(zstandard.ZstdDecompressor().decompress(body[:stored], max_output_size=raw))
-        lengths = [front["topology"][1]] + [p[1] for p in front["parts"]]
-        rest, payloads = data[layout.HEADER_SIZE + size :], []
-        for length in lengths:
-            payloads.append(rest[:length])
-            rest = rest[length:]
-        return cls(front, body[stored + 32 * len(lengths) :], payloads, version, required, optional)
-
-    def resize(self):
-        """Makes the declared lengths of the parts those of the payloads."""
-        self.front["topology"][1] = len(self.payloads[0])
-        for row, payload in zip(self.front["parts"], self.payloads[1:], strict=True):
-            row[1] = len(payload)
-        return self
-
-    def build(self):
-        text = self.text if self.text is not None else json.dumps(self.front, separators=(",", ":")).encode()
-        coded = zstandard.ZstdCompressor(level=19, write_content_size=False).compress(text)
-        digests = self.digests or [sha(p) for p in self.payloads]
-        body = coded + b"".join(digests) + self.models
-        raw = len(text) if self.raw is None else self.raw
-        head = HEAD.pack(layout.MAGIC, self.version, self.required, self.optional, len(body), len(coded), raw)
-        return head + sha(head + body) + body + b"".join(self.payloads)
+from penjing.package import encode, manifest, save, split
+from penjing.testing.forging import Forge
 
 
 @pytest.fixture(scope="session")

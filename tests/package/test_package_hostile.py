@@ -1,0 +1,118 @@
+"""The corrupt and hostile files of corrupt/, each refused with its sentence and hint."""
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from penjing.errors import PenjingError
+from penjing.package import archive, contents, decode, delta, join, keys, layout, sealing, signatures
+
+CORRUPT = Path(__file__).parent / "corrupt"
+GOLDEN = Path(__file__).parent / "golden"
+EXPECTED = json.loads((CORRUPT / "expected.json").read_text(encoding="utf8"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with keys of nobody."""
+    folder = tmp_path_factory.mktemp("keys")
+    keys.keygen(folder / "signer")
+    keys.keygen(folder / "stranger", kind="age")
+    return folder
+
+
+def read(how, path, made, monkeypatch):
+    if how == "decode-small":
+        monkeypatch.setattr(layout, "_FREE", 1 << 10)
+    if how.startswith("decode"):
+        return decode(path.read_bytes())
+    if how == "patch":
+        return delta.decode(path.read_bytes(), archive.read(CORRUPT / "sound.penjing"))
+    if how.startswith("unseal"):
+        return sealing.unseal(
+            path.read_bytes(), keys.identities(GOLDEN / "sealed.key" if how == "unseal" else made / "stranger")
+        )
+    if how == "verify":
+        return signatures.verify(CORRUPT / "sound.penjing", [made / "signer.pub"], signature=path)
+    if how == "join":
+        return join(sorted(path.iterdir()), made / "joined.penjing")
+    return archive.load(path)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_file_has_its_sentence_and_hint(name, made, monkeypatch):
+    told = EXPECTED[name]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(PenjingError) as raised:
+        read(told["read"], CORRUPT / name, made, monkeypatch)
+    error = raised.value
+    assert error.message.startswith(told["sentence"]) and error.hint == told["hint"]
+    assert error.message.isprintable() and len(error.message.replace(str(CORRUPT), "")) < 200
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # in KB
+    assert not (made / "joined.penjing").exists()
+
+
+@pytest.mark.parametrize("name", [n for n, told in EXPECTED.items() if told["read"] == "decode"])
+def test_inspect_refuses_what_lies_in_its_index(name):
+    try:
+        inside = contents.inspect(CORRUPT / name)
+    except PenjingError:
+        return
+    assert EXPECTED[name]["sentence"].split(":")[0] != "the package's index makes no sense"
+    assert str(inside)
+
+
+def test_nothing_lies_there_that_is_not_expected():
+    others = {"make.py", "expected.json", "sound.penjing", "__pycache__"}
+    assert {p.name for p in CORRUPT.iterdir()} - others == set(EXPECTED)
+    assert decode((CORRUPT / "sound.penjing").read_bytes())[1]["w"].shape == (6, 36)
+
+
+def test_a_part_that_is_a_pipe_is_missing(tmp_path):
+    from penjing.package import manifest, save
+
+    save((CORRUPT / "sound.penjing").read_bytes(), tmp_path / "net", layout="directory")
+    part = tmp_path / "net" / manifest.parse((CORRUPT / "sound.penjing").read_bytes()).parts[1].digest.hex()
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(PenjingError, match=r"1 of 2 parts are missing: part 1 \(s, e\)"):
+        archive.load(tmp_path / "net")
+
+
+def test_a_bundle_with_a_pipe_and_a_signature_that_is_one(tmp_path, made):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "network.penjing").write_bytes((CORRUPT / "sound.penjing").read_bytes())
+    signatures.sign(tmp_path / "bundle" / "network.penjing", made / "signer", signature=tmp_path / "a.json")
+    os.mkfifo(bundle / "pipe")
+    with pytest.raises(PenjingError, match="pipe in .* is no file that can be read"):
+        signatures.verify(bundle, [made / "signer.pub"], signature=tmp_path / "a.json")
+    os.mkfifo(tmp_path / "b.json")
+    with pytest.raises(PenjingError, match="cannot be read"):
+        signatures.verify(bundle, [made / "signer.pub"], signature=tmp_path / "b.json")
+
+
+def test_a_path_in_a_signed_statement_leads_nowhere(tmp_path, made, monkeypatch):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "network.penjing").write_bytes((CORRUPT / "sound.penjing").read_bytes())
+    (tmp_path / "outside").write_text("secret")
+    named = signatures._files
+    monkeypatch.setattr(signatures, "_files", lambda path: named(path) | {"../outside": "0" * 64})
+    signatures.sign(bundle, made / "signer")
+    monkeypatch.undo()
+    with pytest.raises(PenjingError, match=r"\.\./outside in .* was signed, and is missing"):
+        signatures.verify(bundle, [made / "signer.pub"])
+
+
+def test_names_too_long_for_a_file(made):
+    for attempt in (
+        lambda: keys.recipients(["x" * 5000]),
+        lambda: signatures.verify("x" * 5000, [made / "signer.pub"]),
+        lambda: archive.load("x" * 5000),
+    ):
+        with pytest.raises(PenjingError):
+            attempt()
