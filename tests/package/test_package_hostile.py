@@ -1,5 +1,6 @@
 """The corrupt and hostile files of corrupt/, each refused with its sentence and hint."""
 
+import hashlib
 import json
 import os
 import resource
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from penjing.errors import PenjingError
-from penjing.package import archive, contents, decode, delta, join, keys, layout, sealing, signatures
+from penjing.errors import InputError, PenjingError
+from penjing.package import archive, contents, decode, delta, encode, join, keys, layout, sealing, signatures, zstd
+from penjing.testing.forging import Forge
 
 CORRUPT = Path(__file__).parent / "corrupt"
 GOLDEN = Path(__file__).parent / "golden"
@@ -116,3 +118,72 @@ def test_names_too_long_for_a_file(made):
     ):
         with pytest.raises(PenjingError):
             attempt()
+
+
+ZEROS = zstd.compress(bytes(4 << 20))
+
+
+def claiming(count):
+    """The manifest of a package of `count` parts of 4 MiB, all of the same few bytes but for one that is elsewhere."""
+    package = Forge.of((CORRUPT / "sound.penjing").read_bytes())
+    rows = [[1, len(ZEROS), i << 22, (i + 1) << 22] for i in range(count)]
+    rows[0][1] = 1 << 44
+    package.front.update(names=["w"], types="b", shapes=[[count, 1 << 22]], parts=rows, metadata={})
+    package.payloads[1:] = [b"far"] + [ZEROS] * (count - 1)
+    return package.manifest()
+
+
+def test_what_is_claimed_of_parts_elsewhere_takes_no_memory(tmp_path, monkeypatch):
+    from penjing.package.refining import Refining
+
+    folder = tmp_path / "net"
+    folder.mkdir()
+    (folder / "manifest").write_bytes(claiming(2000))  # 8 GB
+    (folder / hashlib.sha256(ZEROS).hexdigest()).write_bytes(ZEROS)
+    monkeypatch.setattr(layout, "_FREE", 16 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    arriving = Refining(folder)
+    with pytest.raises(PenjingError, match="claims to hold [0-9]+ bytes in parts of"):
+        arriving.refresh()
+    with pytest.raises(PenjingError, match="the first layer is not here"):
+        arriving.read()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+
+
+def test_memory_that_is_not_there_is_said(monkeypatch):
+    from penjing.package import assembly
+
+    def none(*args, **more):
+        raise MemoryError
+
+    data = (CORRUPT / "sound.penjing").read_bytes()
+    monkeypatch.setattr(assembly.np, "empty", none)
+    with pytest.raises(PenjingError, match="no memory for the 216 bytes of tensor 'w'"):
+        decode(data)
+
+
+def test_what_readers_refuse_is_not_written(monkeypatch):
+    import numpy as np
+
+    deep = {}
+    inner = deep
+    for _ in range(150):
+        inner["a"] = {}
+        inner = inner["a"]
+    with pytest.raises(InputError, match="nested too deep"):
+        encode("", {}, metadata=deep)
+    monkeypatch.setattr(layout, "_FREE", 1 << 10)
+    with pytest.raises(InputError, match="too large for a package"):
+        encode("", {"w": np.zeros(3)}, metadata={"a": [[]] * 30_000})
+
+
+@pytest.mark.parametrize("digits", [20, 5000])
+def test_a_servers_numbers_without_end(digits):
+    import httpx2
+
+    from penjing.package.sources import Answer, Passing
+
+    many = "9" * digits
+    with pytest.raises(Passing, match="another range"):
+        Answer(httpx2.Response(206, headers={"Content-Range": f"bytes {many}-{many}/{many}"}), 0, 1.0)
+    assert Answer(httpx2.Response(200, headers={"Content-Length": many}), 0, 1.0).total is None
