@@ -24,7 +24,7 @@ Files = dict[str, bytes]
 # ------------------------------------------------------------------------------------------------------- many files
 ROOM = Path(tempfile.mkdtemp(prefix="fuzz", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
 _NAMED = set("0123456789abcdefghijklmnopqrstuvwxyz.-_")
-_PIPE, _LINK, _FOLDER = b"\0pipe", b"\0link", b"\0folder"
+PIPE, LINK, FOLDER = b"\0pipe", b"\0link", b"\0folder"
 
 
 def sealed_up(files: Mapping[str, bytes]) -> bytes:
@@ -61,7 +61,7 @@ def change_files(data: bytes, rng: random.Random, mutate: Mutator) -> bytes:
     elif kind == 7:
         del files[name]
     elif kind == 8:
-        files[name] = rng.choice((_PIPE, _LINK, _FOLDER, b""))
+        files[name] = rng.choice((PIPE, LINK, FOLDER, b""))
     elif kind == 9:
         files[name] = files[rng.choice(sorted(files))]
     elif kind == 10:
@@ -78,11 +78,11 @@ def laid_out(data: bytes) -> Path:
     folder.mkdir()
     for name, held in files_of(data).items():
         place = folder / name
-        if held == _PIPE:
+        if held == PIPE:
             os.mkfifo(place)
-        elif held == _LINK:
+        elif held == LINK:
             place.symlink_to("/dev/zero")
-        elif held == _FOLDER:
+        elif held == FOLDER:
             place.mkdir()
         else:
             place.write_bytes(held)

@@ -26,7 +26,8 @@ class Wrong(Exception):
 
 
 # --------------------------------------------------------------------------------------------------- sound packages
-TOPOLOGY = json.dumps({"name": "net", "history": [{"event": "step", "name": "Quantize", "settings": {"bits": 8}}]})
+STEP = {"event": "step", "name": "Quantize", "settings": {"bits": 8}, "before": "0123456789abcdef" * 4}
+TOPOLOGY = json.dumps({"name": "net", "scale": 0.012299999594688416, "history": [STEP]})
 
 
 def networks() -> list[dict[str, np.ndarray[Any, Any]]]:
@@ -34,11 +35,15 @@ def networks() -> list[dict[str, np.ndarray[Any, Any]]]:
     rng = np.random.default_rng(0)
     dense = np.clip(np.rint(rng.normal(0, 20, (6, 4, 3, 3))), -127, 127).astype(np.int8)
     empty = np.where(rng.random((12, 24)) < 0.85, 0, rng.integers(-127, 128, (12, 24))).astype(np.int8)
+    kernels = np.clip(np.rint(np.cumsum(rng.laplace(0, 9, (12, 16, 3, 3)), axis=-1)), -127, 127).astype(np.int8)
+    scaled = (rng.normal(size=576) * 2.0 ** -np.arange(6).repeat(96)).astype(np.float32)
     return [
         {"w": dense, "s": rng.random(6).astype(np.float32), "u": rng.integers(0, 9, (5, 7)).astype(np.uint8)},
         {"w": empty, "z": np.zeros(6, dtype=np.int64)},
         {"f": rng.normal(size=(8, 9)).astype(np.float32), "m": rng.random((4, 9)) < 0.5, "e": np.zeros((0, 4)),
          "h": rng.normal(size=7).astype(np.float16), "n": np.array(3, dtype=np.int64)},
+        {"k": kernels},  # predicted
+        {"g": scaled},  # by clusters
     ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def test_no_reader_fails(name, monkeypatch):
     for _ in range(max(60, 16 * reader.weight)):
         run.feed(reader.change(rng.choice(reader.seeds), rng, mutated))
     assert not run.failed, run.failures[:3]
-    assert run.refused and run.accepted and len(run.refused) > 1
+    assert run.refused and run.accepted
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -56,7 +56,9 @@ class Arrivals:
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             if strange := [f.name for f in folder.iterdir() if not _is_ours(f)]:
-                raise OutputError(f"{folder} holds other files: {shown(strange[0])}", hint="name another place with --out")
+                raise OutputError(
+                    f"{folder} holds other files: {shown(strange[0])}", hint="name another place with --out"
+                )
             self._acquire()
         try:
             with self._writing():
@@ -224,7 +226,7 @@ class Intake:
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file may be one of a transfer: no link, which would lead elsewhere, nor a pipe, which would never end."""
+    """Whether a file may be one of a transfer: no link, which would lead elsewhere, nor a pipe, which never ends."""
     return _OURS.fullmatch(file.name) is not None and file.is_file() and not file.is_symlink()
 
 

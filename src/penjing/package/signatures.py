@@ -399,7 +399,9 @@ def _not_the_same(path: Path) -> SignatureError:
 
 
 def _not_signed(folder: Path, name: str) -> SignatureError:
-    return SignatureError(f"{folder} holds {shown(name)}, which was not signed", hint="take it out, or sign the folder again")
+    return SignatureError(
+        f"{folder} holds {shown(name)}, which was not signed", hint="take it out, or sign the folder again"
+    )
 
 
 def _time(text: Any) -> datetime:
