@@ -8,8 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from penjing.errors import InputError, PenjingError
-from penjing.package import archive, contents, decode, delta, encode, join, keys, layout, sealing, signatures, zstd
+from penjing.errors import InputError, OutputError, PenjingError
+from penjing.package import (
+    archive,
+    bundles,
+    contents,
+    decode,
+    delta,
+    encode,
+    join,
+    keys,
+    layout,
+    sealing,
+    signatures,
+    zstd,
+)
 from penjing.testing.forging import Forge
 
 CORRUPT = Path(__file__).parent / "corrupt"
@@ -90,7 +103,7 @@ def test_a_bundle_with_a_pipe_and_a_signature_that_is_one(tmp_path, made):
     (bundle / "network.penjing").write_bytes((CORRUPT / "sound.penjing").read_bytes())
     signatures.sign(tmp_path / "bundle" / "network.penjing", made / "signer", signature=tmp_path / "a.json")
     os.mkfifo(bundle / "pipe")
-    with pytest.raises(PenjingError, match="pipe in .* is no file that can be read"):
+    with pytest.raises(PenjingError, match="pipe in .* cannot be read: it is no file"):
         signatures.verify(bundle, [made / "signer.pub"], signature=tmp_path / "a.json")
     os.mkfifo(tmp_path / "b.json")
     with pytest.raises(PenjingError, match="cannot be read"):
@@ -102,8 +115,8 @@ def test_a_path_in_a_signed_statement_leads_nowhere(tmp_path, made, monkeypatch)
     bundle.mkdir()
     (bundle / "network.penjing").write_bytes((CORRUPT / "sound.penjing").read_bytes())
     (tmp_path / "outside").write_text("secret")
-    named = signatures._files
-    monkeypatch.setattr(signatures, "_files", lambda path: named(path) | {"../outside": "0" * 64})
+    named = bundles.files
+    monkeypatch.setattr(bundles, "files", lambda path: named(path) | {"../outside": "0" * 64})
     signatures.sign(bundle, made / "signer")
     monkeypatch.undo()
     with pytest.raises(PenjingError, match=r"\.\./outside in .* was signed, and is missing"):
@@ -187,3 +200,19 @@ def test_a_servers_numbers_without_end(digits):
     with pytest.raises(Passing, match="another range"):
         Answer(httpx2.Response(206, headers={"Content-Range": f"bytes {many}-{many}/{many}"}), 0, 1.0)
     assert Answer(httpx2.Response(200, headers={"Content-Length": many}), 0, 1.0).total is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_pull_does_not_go_on_through_links_and_pipes(kind, tmp_path):
+    from penjing.package import manifest
+    from penjing.package.arrivals import Arrivals
+
+    front = manifest.parse((CORRUPT / "sound.penjing").read_bytes())
+    begun = tmp_path / (front.parts[0].digest.hex() + ".part")
+    if kind == "pipe":
+        os.mkfifo(begun)
+    else:
+        (tmp_path.parent / "mine").write_bytes(b"mine")
+        begun.symlink_to(tmp_path.parent / "mine")
+    with pytest.raises(OutputError, match="holds other files"):
+        Arrivals(tmp_path, front, [0, 1])

@@ -20,7 +20,7 @@ from penjing._version import __version__
 from penjing.digests import digest
 from penjing.errors import InputError, MissingExtraError, SignatureError
 from penjing.files import appearing
-from penjing.package import archive, directory, layout, provenance
+from penjing.package import archive, bundles, directory, layout, provenance
 from penjing.package.claims import shown
 from penjing.package.keys import Paths, public_key, signing_key
 from penjing.package.manifest import Manifest
@@ -44,7 +44,6 @@ PACKAGE = "penjing"  # names, among a subject's digests, the digest in a package
 NETWORK = "penjing-network"  # and the digest of a network (penjing.digests)
 
 _MAX = 32 << 20  # bytes that an envelope may have
-_INNER = "network.penjing"  # the package in a bundle's folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,8 +159,8 @@ def _in_force(signed: Signed, path: Paths, place: Path, at_least: int | None, no
 def _statement(
     path: Path, release: int, expires: datetime | None, report: Paths | None, parents: Sequence[Paths]
 ) -> dict[str, Any]:
-    is_bundle = _is_bundle(path)
-    package = path / _INNER if is_bundle else path
+    is_bundle = bundles.is_bundle(path)
+    package = path / bundles.INNER if is_bundle else path
     data = archive.load(package)
     said = _said(data)
     if is_bundle and report is None and (path / "report.json").is_file():
@@ -175,7 +174,7 @@ def _statement(
         predicate["measurements"] = _measurements(Path(report), said)
     # The package was read once: what is told of it and its digest are of the same bytes.
     own = {"sha256": _sha256(data), PACKAGE: said["package"]["digest"]}
-    digests = {n: {"sha256": sha} for n, sha in _files(path).items()} if is_bundle else {}
+    digests = {n: {"sha256": sha} for n, sha in bundles.files(path).items()} if is_bundle else {}
     subjects = [{"name": name, "digest": held} for name, held in (digests | {package.name: own}).items()]
     statement = {
         "_type": STATEMENT_TYPE_URI,
@@ -242,7 +241,7 @@ def _measurements(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
     if "network" in said and of != said["network"]["digest"]:
         raise InputError(f"{path} is the report of another network", hint="evaluate the network that is signed")
-    return {**found, "network": of, "report": {"sha256": _sha256_of(path)}}
+    return {**found, "network": of, "report": {"sha256": bundles.sha256_of(path)}}
 
 
 def _no_constant(word: str) -> NoReturn:
@@ -254,33 +253,8 @@ def _named(path: Path) -> Path:
     return path if path.name not in ("", "..") else path.resolve()
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a bundle, by name within it."""
-    found = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-    if strange := next((p for p in found if not p.is_file()), None):  # a pipe, say, would never end
-        raise InputError(
-            f"{shown(strange.relative_to(folder).as_posix())} in {folder} is no file that can be read",
-            hint="a bundle holds ordinary files: take it out",
-        )
-    return {p.relative_to(folder).as_posix(): _sha256_of(p) for p in found}
-
-
-def _is_bundle(path: Path) -> bool:
-    return path.is_dir() and (path / _INNER).is_file()
-
-
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _sha256_of(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror or error}", hint="is it there, and readable?"
-        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------ checking
@@ -368,7 +342,7 @@ def _compare(path: Path, signed: Signed) -> None:
     """Raises SignatureError unless every file that was signed, and no other, is there unchanged."""
     if not path.exists():
         raise InputError(f"there is no file {path}", hint="name the package or bundle that was signed")
-    if not _is_bundle(path):
+    if not bundles.is_bundle(path):
         data = archive.load(path)
         _, index, _ = archive.open_bytes(data)  # it names damage better
         _same_package(path, data, signed)
@@ -377,7 +351,7 @@ def _compare(path: Path, signed: Signed) -> None:
         if path.is_dir() and (more := directory.others(path, index.parts)):
             raise _not_signed(path, more[0])
         return
-    found = _files(path)
+    found = bundles.files(path)
     for name, expected in signed.files.items():
         if found.get(name) != expected:
             what = "is not what was signed" if name in found else "was signed, and is missing"
