@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+import numpy as np
 from fuzz_folders import (
     FOLDER,
     ROOM,
@@ -46,7 +47,7 @@ from fuzz_packages import (
 )
 
 from penjing.errors import PenjingError
-from penjing.package import keys, provenance, signatures
+from penjing.package import keys, onnx_model, provenance, signatures
 from penjing.package.sources import Answer, Gone, Passing, open_source
 from penjing.testing.forging import Mutator, forged, lie
 
@@ -224,6 +225,33 @@ def read_history(data: bytes) -> str:
     return "a history"
 
 
+GRAPH = {
+    "ir": 8, "opsets": [["", 17]], "inputs": [["x", 1, ["N", 3]]], "outputs": [["y", 1, [None, 4]]],
+    "nodes": [["Gemm", ["x", "w"], ["y"], {
+        "a": {"float": 1.5}, "b": 1, "c": [1, 2], "d": "e", "f": {"floats": [1.0]}, "g": {"strings": ["h"]},
+        "t": {"tensor": [1, [1], "AAAAAA=="]},
+    }]],
+    "tensors": [["w", 3, [4, 3], "w", {"blocks": [1, 0]}, {"shape": [4, 3]}], ["s", 1, [4], "s"]],
+}  # fmt: skip
+GRAPH_ARRAYS = {"w": np.ones((4, 3), np.int8), "s": np.ones(4, np.float32)}
+
+
+def change_graph(data: bytes, rng: random.Random, mutate: Mutator) -> bytes:
+    """One or two lies; some of them numbers that no float32 holds."""
+    changed = change_json(data, rng, mutate)
+    if rng.random() < 0.1:
+        return changed.replace(b"1.5", b"1e300")
+    return change_json(changed, rng, mutate) if rng.random() < 0.5 else changed
+
+
+def read_graph(data: bytes) -> str:
+    """The ONNX graph in a topology."""
+    model = onnx_model.assemble(data.decode("utf8", "surrogateescape"), GRAPH_ARRAYS)
+    if len(model) > 4 * len(data) + (2 << 20):
+        raise Wrong("a model far larger than what it is made of")
+    return "a model"
+
+
 SIGNATURE, BUNDLE = made()
 SIGNER = keys.signing_key(ROOM / "key")
 FOLDERS = [sealed_up(as_directory(p)) for p in (*PACKAGES, *LAYERED)]
@@ -242,5 +270,6 @@ READERS = {
     "signatures": Reader([SIGNATURE], change_signature, read_signature, 3),
     "bundles": Reader([sealed_up(BUNDLE)], change_files, read_bundle, 1),
     "keys": Reader(KEYS, lambda d, r, m: m(d, r), read_keys, 6),
+    "graphs": Reader([json.dumps({"onnx": GRAPH}).encode()], change_graph, read_graph, 4),
     "histories": Reader([TOPOLOGY.encode()], change_json, read_history, 8),
 }

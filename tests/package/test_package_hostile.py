@@ -216,3 +216,25 @@ def test_a_pull_does_not_go_on_through_links_and_pipes(kind, tmp_path):
         begun.symlink_to(tmp_path.parent / "mine")
     with pytest.raises(OutputError, match="holds other files"):
         Arrivals(tmp_path, front, [0, 1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nodes": [["Gemm", ["w"], ["y"], {"alpha": {"float": 1e300}}]]},
+        {"tensors": [["w", 3, [6, 36], "w", {"blocks": [[0] * 10_000] * 6}]]},  # a row ten thousand times
+        {"nodes": [["Gemm", ["w"], ["y"], {"alpha": {"x" * 5000: 1}}]]},
+    ],
+    ids=["float", "rows", "words"],
+)
+def test_a_graph_that_lies(change):
+    from penjing.package import onnx_model
+
+    graph = {"ir": 8, "opsets": [], "inputs": [], "outputs": [], "nodes": [], "tensors": []}
+    arrays = decode((CORRUPT / "sound.penjing").read_bytes())[1]
+    assert onnx_model.assemble(json.dumps({"onnx": graph}), arrays)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(PenjingError, match="graph is not understood") as raised:
+        onnx_model.assemble(json.dumps({"onnx": graph | change}), arrays)
+    assert len(raised.value.message) < 200
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000

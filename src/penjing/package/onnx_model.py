@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from penjing.errors import PackageError
 from penjing.files import appearing
 from penjing.package import archive, refining
+from penjing.package.claims import shown
 
 Array = NDArray[Any]
 Chunks = list[bytes | memoryview]  # of one message: joined once, at the end
@@ -69,8 +70,8 @@ def assemble(topology: str, arrays: Mapping[str, Array]) -> bytes:
         if described is None:
             raise PackageError("the package holds no ONNX graph", hint="penjing pack --target onnxruntime puts one in")
         return b"".join(_model(described, _Numbers(arrays)))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, struct.error, RecursionError) as error:
-        raise PackageError(f"the package's ONNX graph is not understood: {error!r}", hint=_HINT) from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, struct.error, RecursionError) as error:
+        raise PackageError(f"the package's ONNX graph is not understood: {shown(repr(error))}", hint=_HINT) from error
 
 
 def _model(described: Mapping[str, Any], numbers: _Numbers) -> Chunks:
@@ -170,6 +171,8 @@ class _Numbers:
                 case {"shape": shape}:
                     array = array.reshape(shape)
                 case {"blocks": order}:  # of rows: an LSTM's gates
+                    if sorted(order) != list(range(len(order))):  # else it may be any number of rows
+                        raise ValueError("rows in no order")
                     array = array.reshape(len(order), -1)[order].reshape(array.shape)
                 case list():
                     array = array.transpose(step)
