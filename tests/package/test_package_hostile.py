@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from penjing.errors import InputError, OutputError, PenjingError
+from penjing.errors import InputError, KeyFileError, OutputError, PenjingError
 from penjing.package import (
     archive,
     bundles,
@@ -238,3 +238,11 @@ def test_a_graph_that_lies(change):
         onnx_model.assemble(json.dumps({"onnx": graph | change}), arrays)
     assert len(raised.value.message) < 200
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_a_key_at_which_openssl_stumbles(tmp_path):
+    """Found by benchmarks/fuzz.py: cryptography knows no name for what OpenSSL says of it."""
+    text = "MC4CAQAwBQYDK2VxBCIEIPlQuLzEm7gl5H4IvY2J/euaEoxbWKAAgP9/gF5XNvFZ"
+    (tmp_path / "key").write_text(f"-----BEGIN PRIVATE KEY-----\n{text}\n-----END PRIVATE KEY-----\n")
+    with pytest.raises(KeyFileError, match="holds no private key to sign with"):
+        keys.signing_key(tmp_path / "key")

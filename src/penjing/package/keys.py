@@ -17,7 +17,7 @@ from penjing.errors import InputError, KeyFileError, MissingExtraError, OutputEr
 
 try:
     import pyrage
-    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from securesystemslib.signer import CryptoSigner, SSlibKey
 except ImportError as error:
@@ -80,7 +80,7 @@ def signing_key(path: Paths, passphrase: str | None = None) -> CryptoSigner:
     except TypeError as error:
         why = "is under a passphrase" if passphrase is None else "is under no passphrase, and one was given"
         raise KeyFileError(f"the key {path} {why}", hint="give the passphrase that the key was made with") from error
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, InternalError) as error:
         if passphrase is not None and _ENCRYPTED in data:
             raise KeyFileError(
                 f"the passphrase does not open the key {path}", hint="was it made with another?"
@@ -97,7 +97,7 @@ def public_key(path: Paths) -> SSlibKey:
         raise KeyFileError(f"{path} is a private key", hint=f"to verify takes the public half, {path}.pub")
     try:
         return SSlibKey.from_crypto(serialization.load_pem_public_key(data))
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, InternalError) as error:
         raise KeyFileError(
             f"{path} holds no public key to verify with", hint="penjing keygen writes one as KEY.pub"
         ) from error
