@@ -162,7 +162,8 @@ LIES = {
     "of a matrix": (lied(predictor=lambda p: [1] * len(p), plain=lambda p: [[]] * 10), "for other kernels"),
     "one list too few": (lied(plain=lambda p: p[1:]), "which kernels of each tensor are plain"),
     "a kernel beyond": (lied(plain=lambda p: [[10**9], *p[1:]]), "no such kernels"),
-    "a kernel far beyond": (lied(plain=lambda p: [[1, 10**40], *p[1:]]), "no such kernels"),
+    "a kernel far beyond": (lied(plain=lambda p: [[1, 10**9], *p[1:]]), "no such kernels"),
+    "a number without end": (lied(plain=lambda p: [[1, 10**40], *p[1:]]), "an absurd number"),
     "a kernel twice": (lied(plain=lambda p: [[1, 0], *p[1:]]), "no such kernels"),
     "kernels that are none": (lied(plain=lambda p: [5, *p[1:]]), "'plain' is no list"),
 }
