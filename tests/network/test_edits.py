@@ -161,3 +161,16 @@ def test_a_missing_tensor_is_named(network: Network, tmp_path: Path) -> None:
     del arrays["4.bias"]
     with pytest.raises(EditError, match="reads 4.bias"):
         Network.from_state(topology, arrays)
+
+
+def test_a_mask_that_zeros_tell_is_not_kept(network: Network) -> None:
+    mask = torch.ones(5, 144, dtype=torch.bool)
+    mask[0] = False
+    masked = network.apply([MaskWeights(parameter="4.weight", mask=mask)])
+    assert "4.weight.mask" not in masked.state()[1]
+    assert torch.equal(Network.from_state(*masked.state()).masks["4.weight"], mask)
+    value = weights(masked, "4.weight").clone()
+    value[1, 1] = 0  # it may train
+    other = masked.apply([SetWeights(parameter="4.weight", value=value)])
+    assert "4.weight.mask" in other.state()[1]
+    assert torch.equal(Network.from_state(*other.state()).masks["4.weight"], mask)

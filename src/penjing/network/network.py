@@ -262,8 +262,10 @@ class Network:
     def state(self) -> tuple[str, dict[str, np.ndarray[Any, Any]]]:
         """The topology as JSON text and the tensors as arrays: plain values that need no torch to be kept or sent.
 
-        bfloat16 has no numpy type: it appears as uint16 with the same bits, and the topology remembers.
+        bfloat16 has no numpy type: it appears as uint16 with the same bits, and the topology remembers. A mask that is
+        False just where its tensor is 0 is named and not kept.
         """
+        told = [n for n, mask in self.masks.items() if torch.equal(mask, self._tensors[n] != 0)]
         described: dict[str, Any] = {
             "penjing": TOPOLOGY_VERSION,
             "name": self.name,
@@ -273,13 +275,14 @@ class Network:
             "out": structure_to_json(self.structure_out),
             "parameters": list(self.parameter_names),
             "bfloat16": [n for n, t in self._tensors.items() if t.dtype == torch.bfloat16],
-            "masks": list(self.masks),
+            "masks": [n for n in self.masks if n not in told],
+            "zeros": told,
             "history": list(self.history),
             "graph": flat.graph_to_json(self.graph_module.graph),
         }
         described = {k: v for k, v in described.items() if v not in (None, [])}
         arrays = {n: _to_array(t) for n, t in self._tensors.items()}
-        arrays |= {f"{n}.mask": m.cpu().numpy() for n, m in self.masks.items()}
+        arrays |= {f"{n}.mask": m.cpu().numpy() for n, m in self.masks.items() if n not in told}
         return json.dumps(described, separators=(",", ":"), ensure_ascii=False), arrays
 
     @classmethod
@@ -292,6 +295,7 @@ class Network:
                 raise EditError(f"the network's topology has version {version}; this penjing reads {TOPOLOGY_VERSION}")
             graph = flat.graph_from_json(described["graph"])
             wide, masked = set(described.get("bfloat16", ())), described.get("masks", ())
+            zeros = described.get("zeros", ())
             learned = set(described.get("parameters", ()))
             tensors: dict[str, Tensor] = {}
             for name, array in arrays.items():
@@ -306,7 +310,8 @@ class Network:
                 structure_in=structure_from_json(described["in"]),
                 structure_out=structure_from_json(described["out"]),
                 task=described.get("task"),
-                masks={n: torch.from_numpy(np.array(arrays[f"{n}.mask"])) for n in masked},
+                masks={n: tensors[n].detach() != 0 for n in zeros}
+                | {n: torch.from_numpy(np.array(arrays[f"{n}.mask"])) for n in masked},
                 history=tuple(described.get("history", ())),
             )
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
