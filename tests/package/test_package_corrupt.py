@@ -80,7 +80,7 @@ CASES = {
     "newer version": (rebuilt(lambda p: set_field(p, "version", 2)), "format version 2, this penjing reads up to 1"),
     "version 0": (rebuilt(lambda p: set_field(p, "version", 0)), "format version 0"),
     "unknown feature": (rebuilt(lambda p: set_field(p, "required", 0b110000)), "needs feature 4, 5"),
-    "unknown codec": (part(0, 10, 10, 3), "uses codec 10"),
+    "unknown codec": (part(0, 11, 10, 3), "uses codec 11"),
     # sizes
     "huge index": (size_field(13, 2**32 - 1), "absurd size"),
     "huge JSON": (size_field(21, 2**31), "absurd size"),

@@ -61,8 +61,19 @@ def sparse_contents():
     return '{"graph":[["get_attr","_1_weight","1.weight"]]}', {"1.weight": ternary}, {}
 
 
+def expected_contents():
+    """Kernels whose neighbouring taps go together, columns of different spread: in a part of their own kind."""
+    noise = np.frombuffer(hashlib.shake_256(b"expected").digest(2 * 24 * 16 * 9), dtype=np.uint8).astype(np.int64)
+    noise = noise.reshape(2, 24, 16, 9).sum(axis=0) - 255
+    values = (noise + np.roll(noise, 1, axis=2)) * (1 + np.arange(16)[:, None] % 5) // 600
+    dense = values[0, :, :6].reshape(8, 12) // 2
+    return "{}", {"conv": values.reshape(24, 16, 3, 3).astype(np.int8), "fc": dense.astype(np.int8)}, {}
+
+
 @pytest.mark.skipif(zstandard.ZSTD_VERSION != ZSTD, reason="frames of another zstd release")
-@pytest.mark.parametrize(("file", "contents"), [("tiny", contents), ("sparse", sparse_contents)])
+@pytest.mark.parametrize(
+    ("file", "contents"), [("tiny", contents), ("sparse", sparse_contents), ("expected", expected_contents)]
+)
 def test_golden_packages_are_written(file, contents):
     topology, arrays, metadata = contents()
     assert encode(topology, arrays, metadata=metadata) == (FILE.parent / f"{file}.penjing").read_bytes()
@@ -76,6 +87,14 @@ def test_the_golden_sparse_package_is_read(equal):
     assert inspect(file).tensors[0].codec == "sparse"
     _, index, _ = archive.open_bytes(file.read_bytes())
     assert codecs.NAMES[index.topology.codec] == "phrases"
+
+
+def test_the_golden_expected_package_is_read(equal):
+    topology, arrays, _ = expected_contents()
+    file = FILE.parent / "expected.penjing"
+    got = decode(file.read_bytes())
+    assert got[0] == topology and equal(got[1], arrays)
+    assert {row.codec for row in inspect(file).tensors} == {"expected"}
 
 
 def test_the_golden_sealed_package_is_opened():

@@ -66,6 +66,7 @@ def test_values_come_back_bit_for_bit(good, arrays, equal):
 
 def test_it_is_worth_its_while(arrays, monkeypatch):
     chosen = {name: arrays[name] for name in ("0.weight", "1.weight")}
+    monkeypatch.setattr(archive, "_WORTH", 0.0)  # not by the slower codec
     size = len(encode("", chosen))
     monkeypatch.setattr(prediction, "choose", lambda tensors, values: ((), list(values.values())))
     assert size < 0.95 * len(encode("", chosen))

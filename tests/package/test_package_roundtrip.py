@@ -266,5 +266,6 @@ def test_the_codec_table_is_frozen():
         "parent",
         "clusters",
         "numbers",
+        "expected",
     )
     assert layout.VERSION == 1 and layout.HEADER_SIZE == 57

@@ -26,6 +26,8 @@ from penjing.tensors.grids import Grid, fake_quantize, quantize, sqnr
 _BATCH = 100
 #: Batches whose gradients tell how much the outputs feel of each tensor.
 _PROBES = 10
+#: Multiply-accumulates that go into the moments of a layer: that columns make up for each other takes many positions.
+_WORK = 1.6e10
 #: The largest codes of 8 and 16 bits. What rounding by outputs makes of weights is a little larger than they were.
 _BYTE, _WORD, _ROOM = 127, 32767, 0.9
 
@@ -54,7 +56,7 @@ class CodeWeights(Step):
     once: ClassVar[str] = "it needs a float network and leaves one on grids"
 
     rate: float = 0.1
-    samples: int = 1000
+    samples: int = 4000
 
     def __post_init__(self) -> None:
         self.require_between("rate", 0, 1, open_low=True)
@@ -78,7 +80,7 @@ class CodeWeights(Step):
         values: dict[str, Tensor] = {}
         if batches:
             rules = {n: StepRule(-g.quant_max, g.quant_max, axis=None, step=float(g.scale)) for n, g in grids.items()}
-            found = round_layers(folded, rules, batches, progress=context.progress)
+            found = round_layers(folded, rules, batches, work=_WORK, progress=context.progress)
             grids, values = found.grids, {**found.values, **found.biases}
             values = {n: v.to(tensors[n].dtype) for n, v in values.items()}
         for name in biases:

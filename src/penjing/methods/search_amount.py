@@ -65,7 +65,8 @@ class SearchAmount(Step):
     on other samples.
 
     With `errors` above 0 the floor must be held by so many standard errors of the difference, sample by sample: a few
-    samples cannot prove that little is lost.
+    samples cannot prove that little is lost. With `stretch` above 1 it must also be held by what is to be expected of
+    samples that the network was not trained on, told from outputs `stretch` times as far off (see `Judge`).
 
     An amount that `step` cannot reach counts as one that does not hold. If none holds, nothing changes, and the plan
     says so.
@@ -80,6 +81,7 @@ class SearchAmount(Step):
     after: Step | None = None
     resolution: float | None = None
     errors: float = 0.0
+    stretch: float = 1.0
 
     def __post_init__(self) -> None:
         self.require_share("step")
@@ -91,6 +93,7 @@ class SearchAmount(Step):
         self.require_step("after")
         self.require_between("resolution", 0, 1, open_low=True)
         self.require_between("errors", 0, float("inf"))
+        self.require_between("stretch", 1, float("inf"))
         if self.folds > 1 and self.held_out is not None:
             raise RecipeError(
                 "SearchAmount takes either folds or held_out, got both", hint="each of k folds holds 1/k of the samples"
@@ -134,7 +137,9 @@ class _Search:
         self.seen = [seen for seen, _ in pairs]
         constraint, task = read_floor(settings, settings.floor), cast(Task, context.task)
         held = [held for _, held in pairs]
-        self.judge = Judge(constraint, task, held, network, context.progress, errors=settings.errors)
+        self.judge = Judge(
+            constraint, task, held, network, context.progress, errors=settings.errors, stretch=settings.stretch
+        )
         self.best: tuple[float, _Made] | None = None
         self.reasons: list[Reason] = []
         self.failures: list[RecipeError | EditError] = []

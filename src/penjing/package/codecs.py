@@ -3,7 +3,7 @@
 0 stored: the pieces' little-endian bytes. 1 zstd: one frame of the same. 2 grids: grids.py. 3 planes: planes.py.
 4 sparse: sparse.py. 5 phrases: zstd that may point into phrases.txt; of texts, the topology. 6 nested: nested.py, of
 layered packages. 7 parent: zstd that may point into another text; of the topology of deltas. 8 clusters: planes with
-several models for one plane. 9 numbers: texts.py, of texts.
+several models for one plane. 9 numbers: texts.py, of texts. 10 expected: expected.py, of small networks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penjing.errors import PackageError
-from penjing.package import grids, planes, sparse, texts, zstd
+from penjing.package import expected, grids, planes, sparse, texts, zstd
 from penjing.package.models import Model
-from penjing.package.pieces import GRIDS, Spec
+from penjing.package.pieces import GRIDS, Spec, Tensor
 
-STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES, NESTED, PARENT, CLUSTERS, NUMBERS = range(10)
-NAMES = ("stored", "zstd", "grids", "planes", "sparse", "phrases", "nested", "parent", "clusters", "numbers")
+STORED, ZSTD, GRID, PLANES, SPARSE, PHRASES, NESTED, PARENT, CLUSTERS, NUMBERS, EXPECTED = range(11)
+NAMES = (
+    "stored",
+    "zstd",
+    "grids",
+    "planes",
+    "sparse",
+    "phrases",
+    "nested",
+    "parent",
+    "clusters",
+    "numbers",
+    "expected",
+)
 
 Array = NDArray[np.generic]
 
@@ -46,6 +58,17 @@ def decode_text(codec: int, payload: memoryview, size: int, parent: bytes = b"")
     return zstd.decompress(payload, size, phrases=codec == PHRASES, known=parent if codec == PARENT else b"")
 
 
+def is_small(tensors: Sequence[Tensor]) -> bool:
+    """Whether a package of these tensors may hold expected grids."""
+    return sum(t.size for t in tensors if t.is_grid) <= expected.MOST
+
+
+def encode_expected(arrays: Sequence[Array], specs: Sequence[Spec], worth: int) -> bytes | None:
+    """A part of 8-bit grids by the slow codec of small networks; None unless it is shorter than `worth`."""
+    pairs = zip(arrays, specs, strict=True)
+    return expected.encode([expected.Sheet(values=grids.symbols(a), row=s.row, taps=s.taps) for a, s in pairs], worth)
+
+
 def encode(
     arrays: list[Array], specs: list[Spec], assigned: list[grids.Assignment] | None, models: Sequence[Model]
 ) -> tuple[int, bytes]:
@@ -70,10 +93,13 @@ def encode(
 
 def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[Model]) -> list[Array]:
     """The flat little-endian arrays of a part's pieces; raises PackageError for bytes that no writer makes."""
-    if codec in (GRID, SPARSE):
+    if codec in (GRID, SPARSE, EXPECTED):
         _only_grids(specs)
         out: list[Array] = []
-        found = grids.decode(payload, _sizes(specs), models) if codec == GRID else sparse.decode(payload, _rows(specs))
+        if codec == GRID:
+            found = grids.decode(payload, _sizes(specs), models)
+        else:
+            found = sparse.decode(payload, _rows(specs)) if codec == SPARSE else expected.decode(payload, _taps(specs))
         for values, spec in zip(found, specs, strict=True):
             out.append(grids.values(values, spec.code))
     elif codec in (PLANES, CLUSTERS):
@@ -103,13 +129,16 @@ def decode(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[
 
 
 def shares(codec: int, payload: memoryview, specs: list[Spec], models: Sequence[Model]) -> list[float]:
-    """Relative sizes of the pieces inside a part; nothing is decoded for it, but for sparse grids."""
+    """Relative sizes of the pieces inside a part; nothing is decoded for it, but for sparse and expected grids."""
     if codec == GRID:
         _only_grids(specs)
         return grids.shares(payload, _sizes(specs), models)
     if codec == SPARSE:
         _only_grids(specs)
         return sparse.shares(payload, _rows(specs))
+    if codec == EXPECTED:
+        _only_grids(specs)
+        return expected.shares(payload, _taps(specs))
     if codec in (PLANES, CLUSTERS):
         return planes.shares(payload, specs)
     return [float(s.nbytes) for s in specs]
@@ -121,6 +150,10 @@ def _sizes(specs: list[Spec]) -> list[tuple[int, int]]:
 
 def _rows(specs: list[Spec]) -> list[tuple[int, int]]:
     return [(s.size, s.row) for s in specs]
+
+
+def _taps(specs: list[Spec]) -> list[tuple[int, int, int]]:
+    return [(s.size, s.row, s.taps) for s in specs]
 
 
 def _only_grids(specs: list[Spec]) -> None:

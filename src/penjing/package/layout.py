@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from penjing.errors import InputError, PackageError
 from penjing.package import ladders, prediction, zstd
 from penjing.package.claims import bad_index, field, is_deep, is_unicode, naturals, shown
-from penjing.package.codecs import NAMES, NESTED, NUMBERS, PARENT, PHRASES, STORED, ZSTD
+from penjing.package.codecs import EXPECTED, NAMES, NESTED, NUMBERS, PARENT, PHRASES, STORED, ZSTD, is_small
 from penjing.package.ladders import Ladder
 from penjing.package.models import Model, pack_models, unpack_models
 from penjing.package.pieces import CODES, MAX_PART, Piece, Tensor, in_part_order
@@ -314,7 +314,7 @@ def _parts(
     rows: list[Any], tensors: tuple[Tensor, ...], steps: tuple[Ladder | None, ...], digests: bytes
 ) -> tuple[Part, ...]:
     """The parts, each tensor covered exactly once in every layer: no gap, no overlap, nothing left out."""
-    checked = []
+    checked, small = [], is_small(tensors)
     for number, row in enumerate(rows):
         values = naturals(row, f"part {number}")
         if len(values) not in (3, 4, *((5, 6) if steps else ())):
@@ -326,6 +326,8 @@ def _parts(
             )
         if values[0] in (PARENT, NUMBERS) or (values[0] == NESTED and not steps):
             bad_index(f"part {number} uses the codec {NAMES[values[0]]} where it cannot be")
+        if values[0] == EXPECTED and not small:
+            bad_index(f"part {number} uses the codec {NAMES[EXPECTED]}, which large networks cannot")
         checked.append(values)
     first = next((n for n, values in enumerate(checked) if len(values) > 4), len(checked))
     if any(len(values) < 5 for values in checked[first:]):

@@ -129,6 +129,10 @@ class Encoder:
         """Adds truth values, each with its own chance of being one; popped by one `Decoder.pop_flags`."""
         self._coder.encode_reverse(flags, _FLAG, chances)
 
+    def push_each(self, symbols: NDArray[Any], weights: Floats) -> None:
+        """Adds `symbols`, each an index into its own row of `weights`; popped by one `Decoder.pop_each`."""
+        self._coder.encode_reverse(symbols.astype(np.int32), _OWN, weights)
+
     def words(self) -> bytes:
         """The stack as little-endian 32-bit words."""
         return bytes(self._coder.get_compressed().astype("<u4").tobytes())
@@ -155,6 +159,11 @@ class Decoder:
         decoded = guarded(lambda: self._coder.decode(_FLAG, chances), "an entropy-coded stream")
         return np.asarray(decoded, dtype=np.int32)
 
+    def pop_each(self, weights: Floats) -> NDArray[np.int64]:
+        """The next symbols, one for each row of `weights`."""
+        decoded = guarded(lambda: self._coder.decode(_OWN, weights), "an entropy-coded stream")
+        return np.asarray(decoded, dtype=np.int64)
+
     def finish(self) -> None:
         """Raises PackageError unless everything was popped."""
         if not self._coder.is_empty():
@@ -163,6 +172,8 @@ class Decoder:
 
 #: Of two outcomes; the chance of the second comes with each of them.
 _FLAG = constriction.stream.model.Bernoulli(perfect=False)
+#: Of symbols that come with weights of their own each.
+_OWN = constriction.stream.model.Categorical(perfect=False)
 
 
 def _categorical(weights: NDArray[np.int64] | Floats) -> Any:

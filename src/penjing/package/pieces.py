@@ -52,6 +52,11 @@ class Tensor:
         return max(1, math.prod(self.shape[1:]) if len(self.shape) > 1 else self.size)
 
     @property
+    def taps(self) -> int:
+        """Number of elements of a kernel: of one index of the first two axes."""
+        return max(1, math.prod(self.shape[2:]))
+
+    @property
     def is_grid(self) -> bool:
         """Whether it holds 8-bit integers."""
         return self.code in GRIDS
@@ -68,13 +73,14 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What a codec must know of a piece: element type, number of elements, elements that share a symbol model, and
-    elements of a row (first axis)."""
+    """What a codec must know of a piece: element type, number of elements, elements that share a symbol model,
+    elements of a row (first axis) and of a kernel (first two axes)."""
 
     code: str
     size: int
     unit: int
     row: int
+    taps: int
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -90,7 +96,8 @@ class Spec:
 def spec(tensors: Sequence[Tensor], piece: Piece) -> Spec:
     """The Spec of a piece."""
     tensor = tensors[piece.tensor]
-    return Spec(code=tensor.code, size=piece.stop - piece.start, unit=tensor.unit, row=tensor.row)
+    size = piece.stop - piece.start
+    return Spec(code=tensor.code, size=size, unit=tensor.unit, row=tensor.row, taps=tensor.taps)
 
 
 def in_part_order(tensors: Sequence[Tensor]) -> list[int]:

@@ -25,6 +25,8 @@ from penjing.recipe.context import Context
 from penjing.recipe.steps import Step
 from penjing.task import Task
 
+#: Bytes of the first network's outputs that are kept; what is beyond is computed again for every verdict.
+_KEPT = 1 << 28
 #: The share of the samples that is held out to judge by where nothing is said.
 HELD_OUT = 0.2
 _BATCH = 100
@@ -48,6 +50,42 @@ def scores_of(
             found.append(torch.as_tensor(task.scores(_outputs(network, inputs, fixed), labels)).flatten())
             advance(len(found[-1]))
     return torch.cat(found)
+
+
+class _Farther:
+    """Scores of a network, and of one whose outputs are `stretch` times as far from those of the first one."""
+
+    def __init__(self, network: Network, task: Task, stretch: float, progress: Progress) -> None:
+        self._network, self._task, self._stretch, self._progress = network, task, stretch, progress
+        self._kept: dict[tuple[int, int], Any] = {}
+        self._room = _KEPT
+
+    def scores(self, network: Network, data: Data, fold: int) -> tuple[Tensor, Tensor]:
+        """Of all samples of a fold, (n,) each."""
+        fixed = None if network.batch_is_dynamic else network.inputs[0].shape[0]
+        near, far = list[Tensor](), list[Tensor]()
+        with torch.no_grad(), self._progress.task(f"{self._task.metric} of {network.name}", None) as advance:
+            for number, (inputs, labels) in enumerate(data.batches(fixed or _BATCH)):
+                before, outputs = self._before(inputs, fixed, (fold, number)), _outputs(network, inputs, fixed)
+                for found, given in ((near, outputs), (far, pytree.tree_map(self._stretched, outputs, before))):
+                    found.append(torch.as_tensor(self._task.scores(given, labels)).flatten())
+                advance(len(near[-1]))
+        return torch.cat(near), torch.cat(far)
+
+    def _stretched(self, now: Any, before: Any) -> Any:
+        if not isinstance(now, Tensor) or not now.is_floating_point():
+            return now
+        return before + self._stretch * (now - before)
+
+    def _before(self, inputs: Any, fixed: int | None, place: tuple[int, int]) -> Any:
+        if place in self._kept:
+            return self._kept[place]
+        found = _outputs(self._network, inputs, fixed)
+        size = sum(t.nbytes for t in pytree.tree_leaves(found) if isinstance(t, Tensor))
+        if size <= self._room:
+            self._room -= size
+            self._kept[place] = found
+        return found
 
 
 def _outputs(network: Network, inputs: Any, fixed: int | None) -> Any:
@@ -122,6 +160,12 @@ class Judge:
 
     `held` are one or several folds of samples; with several, the mean of their metrics must meet the floor. It must do
     so by `errors` standard errors of the difference, sample by sample.
+
+    A network answers what it was trained on with larger margins than anything else, so small changes of its outputs
+    turn fewer answers there than elsewhere. Where outputs err without a direction, the metric falls with the square of
+    the error as long as the margins have no gap (the second term of its expansion; the first vanishes). With `stretch`
+    above 1 outputs are therefore also taken `stretch` times as far from the first network's, which reaches across the
+    gap, and what is lost then, divided by the square of `stretch`, must be within the floor too.
     """
 
     def __init__(
@@ -133,15 +177,17 @@ class Judge:
         progress: Progress = SILENT,
         *,
         errors: float = 0.0,
+        stretch: float = 1.0,
     ) -> None:
         self.constraint, self._task, self._held, self._progress = constraint, task, held, progress
-        self._errors = errors
+        self._errors, self._stretch = errors, stretch
+        self._farther = _Farther(network, task, stretch, progress)
         self._scores = self._folds([network] * len(held))
         self._before = statistics.fmean(float(s.mean()) for s in self._scores)
 
     def judge(self, networks: Iterable[Network]) -> Verdict:
         """The verdict on `networks`, one for every fold."""
-        scores = self._folds(networks)
+        scores, far = self._both(networks)
         folds = [float(s.mean()) for s in scores]
         now = statistics.fmean(folds)
         words = f"{self._task.metric} {self._shown(self._before)} → {self._shown(now)}"
@@ -151,11 +197,24 @@ class Judge:
             doubt = self._errors * float(off.std()) / len(off) ** 0.5 if len(off) > 1 else float("inf")
             surely = now - doubt if self._task.higher_is_better else now + doubt
             words += f" ± {self._shown(doubt)}"
+        if far:
+            expected = self._before + (torch.cat(far).mean().item() - self._before) / self._stretch**2
+            surely = min(surely, expected) if self._task.higher_is_better else max(surely, expected)
+            words += f", {self._shown(expected)} expected of other samples"
         row = self.constraint.check(_measured(self._task, surely), _measured(self._task, self._before))
         if len(folds) > 1:
             error = statistics.stdev(folds) / len(folds) ** 0.5
             words += f" ± {self._shown(error)} (standard error of {len(folds)} folds)"
         return Verdict(bool(row["met"]), words)
+
+    def _both(self, networks: Iterable[Network]) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores by fold; and of stretched outputs, if these count."""
+        if self._stretch == 1:
+            return self._folds(networks), []
+        pairs = [
+            self._farther.scores(n, data, fold) for fold, (n, data) in enumerate(zip(networks, self._held, strict=True))
+        ]
+        return [near.double() for near, _ in pairs], [far.double() for _, far in pairs]
 
     def _folds(self, networks: Iterable[Network]) -> list[Tensor]:
         return [
