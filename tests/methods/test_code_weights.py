@@ -126,6 +126,9 @@ def test_what_cannot_be_is_said(network: Network, tmp_path: Path) -> None:
     quantized = pj.compress(network, pj.Recipe(pj.Quantize(activations=None))).network
     with pytest.raises(RecipeError, match="needs a float network"):
         pj.pack(quantized, file, rate=0.1)
+    few = [(TRAIN.tensors[0][:60], TRAIN.tensors[1][:60])]
+    with pytest.raises(DataError, match="one of the 30 samples .* more than the 1 points"):
+        pj.pack(network, file, max_drop=1, data=few, task="classification")
     with pytest.raises(BudgetError, match="no grids keep"):
         pj.pack(network, file, max_drop=1e-6, data=TRAIN, task=ever_worse())
     assert not file.exists()

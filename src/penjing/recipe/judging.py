@@ -6,6 +6,7 @@ Step was given, "accuracy>=91%" with nothing.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -184,6 +185,17 @@ class Judge:
         self._farther = _Farther(network, task, stretch, progress)
         self._scores = self._folds([network] * len(held))
         self._before = statistics.fmean(float(s.mean()) for s in self._scores)
+        if errors:
+            self._require_enough(sum(len(s) for s in self._scores))
+
+    def _require_enough(self, count: int) -> None:
+        """Raises DataError where one sample is more than all that may be lost: a few say nothing when they agree."""
+        limit = abs(self.constraint.limit)
+        if self.constraint.kind == "change" and is_fraction(_measured(self._task, 1.0)["metric"]) and count * limit < 1:
+            raise DataError(
+                f"one of the {count} samples to judge by is more than the {100 * limit:g} points that may be lost",
+                hint=f"{math.ceil(1 / limit):,} samples can tell so little: give more of them, or allow more",
+            )
 
     def judge(self, networks: Iterable[Network]) -> Verdict:
         """The verdict on `networks`, one for every fold."""
