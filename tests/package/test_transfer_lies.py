@@ -138,7 +138,10 @@ def test_files_that_are_no_package(host, web, pull, change, says, ranged):
 FOLDERS = {
     "page": (lambda true: Response(b"<html>log in</html>"), "manifest: this is not a .penjing package"),
     "coding": (lambda true: Response(true, headers={"content-encoding": "br"}), "manifest: encodes the file as 'br'"),
-    "gzip": (lambda true: Response(true, headers={"content-encoding": "gzip"}), "manifest: sends an encoding that cann"),
+    "gzip": (
+        lambda true: Response(true, headers={"content-encoding": "gzip"}),
+        "manifest: sends an encoding that cann",
+    ),
     "endless": (lambda true: StreamingResponse(slowly(b"x" * 10**7, 10**5, 0)), "manifest: this is not a .penjing"),
     "forbidden": (lambda true: Response(status_code=403), "manifest: answers 403 Forbidden"),
     "broken": (lambda true: Response(status_code=500), "manifest: answers 500 Internal Server Error"),
