@@ -215,3 +215,26 @@ def test_pack_and_unpack_are_bit_exact_and_name_what_is_wrong(network: pj.Networ
     (tmp_path / "bad.penjing").write_bytes(b"not a package")
     with pytest.raises(PackageError):
         pj.unpack(tmp_path / "bad.penjing")
+
+
+@pytest.mark.parametrize("layers", [0, 9, -1, 2.5, "2", True])
+def test_a_number_of_layers_that_cannot_be_is_named(network: pj.Network, tmp_path: Path, layers: Any) -> None:
+    """Before the network, which is too small to be cut."""
+    with pytest.raises(InputError, match=f"layers must be from 2 to 8, got {layers!r}"):
+        pj.pack(network, tmp_path / "net.penjing", layers=layers)
+    assert not list(tmp_path.iterdir())
+    pj.pack(network, tmp_path / "net.penjing", layers=1)
+    if layers != 9:
+        with pytest.raises(InputError, match=f"layers must be at least 1, got {layers!r}"):
+            pj.unpack(tmp_path / "net.penjing", layers=layers)
+
+
+@pytest.mark.parametrize("path", [None, b"net.penjing", 7])
+def test_what_is_no_network_and_no_path_is_named(network: pj.Network, tmp_path: Path, path: Any) -> None:
+    with pytest.raises(InputError, match=f"a path is a str or a Path, got {type(path).__name__}"):
+        pj.pack(network, path)
+    with pytest.raises(InputError, match=f"got {type(path).__name__}"):
+        pj.unpack(path)
+    other: Any = nn.Linear(2, 2) if path is None else path
+    with pytest.raises(InputError, match=f"pack takes a Network, got {type(other).__name__}"):
+        pj.pack(other, tmp_path / "net.penjing")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from penjing.files import appearing_folder
 from penjing.methods import CodeWeights, SearchAmount
 from penjing.network import Network
 from penjing.package import onnx_model, refining
+from penjing.package.layered import check as check_layers
 from penjing.progress import SILENT, Progress
 from penjing.recipe import Recipe
 from penjing.report import render_html, render_markdown
@@ -197,14 +199,23 @@ def pack(
             no torch then, ``penjing.package.onnx_model`` puts the ``.onnx`` together. The parity gate is held.
 
     Raises:
-        InputError: another layout; layers out of range, or of a network in which nothing can be cut.
+        InputError: no Network, no path, another layout; layers out of range, or of a network in which nothing can be
+            cut.
         RecipeError: both knobs, or one out of range; the network is quantized already.
         DataError: ``max_drop`` without labelled samples.
         BudgetError: no grid keeps the metric.
         TargetError, ExportError, ParityError, MissingExtraError: from the runtime.
         OutputError: it cannot be written there.
     """
+    if not isinstance(network, Network):
+        raise InputError(
+            f"pack takes a Network, got {type(network).__name__}", hint="network = pj.capture(model, inputs=(x,))"
+        )
+    path = _path(path)
     package.directory.check(layout)
+    layers = None if layers == 1 and layers is not True else layers
+    if layers is not None:
+        check_layers(layers)
     if rate is not None and max_drop is not None:
         raise RecipeError("pack takes rate or max_drop, got both", hint="max_drop finds a rate by itself")
     recipe: Recipe | None = None
@@ -224,7 +235,7 @@ def pack(
     packed = *network.state(), {"name": network.name}
     if target is not None:
         packed = _for_client(network, Target.parse(target), samples)
-    if layers is not None and layers != 1:
+    if layers is not None:
         coded = layered(network, layers, packed=packed, data=samples, task=get_task(task), progress=progress)
     else:
         topology, arrays, metadata = packed
@@ -275,14 +286,20 @@ def unpack(path: str | Path, *, layers: int | None = None) -> Network:
         layers: only so many of its quality layers: the same graph, coarser values. Parts of others may be missing.
 
     Raises:
-        InputError: there is no such file; layers below 1.
+        InputError: no path, there is no such file; layers below 1.
         PackageError: it is not a package, damaged, or too new; a part is missing.
     """
-    path = Path(path)
+    path = _path(path)
     if not path.exists():
         raise InputError(f"there is no file {path}", hint="a package is what pack or deploy wrote")
     topology, arrays, _ = package.read(path) if layers is None else refining.read(path, layers=layers)
     return Network.from_state(topology, arrays)
+
+
+def _path(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"a path is a str or a Path, got {type(path).__name__}", hint="'net.penjing'")
+    return Path(path)
 
 
 def _is_bundle(folder: Path) -> bool:

@@ -110,6 +110,16 @@ def test_a_full_disk_is_no_bug(penjing, monkeypatch):
     assert done.err.splitlines()[0] == "error: x.penjing: no space left on device"
 
 
+@pytest.mark.parametrize("kind", ["long", "loop"])
+def test_a_name_that_no_file_can_have_is_no_bug(penjing, tmp_path, kind):
+    (tmp_path / "loop").symlink_to("loop")
+    name = "a" * 260 if kind == "long" else str(tmp_path / "loop" / "net.penjing")
+    for verb in (("inspect", name), ("unpack", name, "b.safetensors")):
+        done = penjing(*verb)
+        error, hint = done.err.splitlines()
+        assert done.code == 2 and "this is a bug" not in error and name in error and hint.startswith("hint: ")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_is_one_line_and_leaves_no_debris(desk, number, code):
     """Stopped while the person's own (slow) function runs; the same path clears away after every other one."""

@@ -1,10 +1,13 @@
 """Who made it, and who may read it: the verbs on a real package, and what each refuses."""
 
 import json
+from datetime import UTC, datetime
 
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+
+from penjing.package import signatures
 
 
 @pytest.fixture
@@ -34,9 +37,12 @@ def test_signed_and_verified(penjing, net):
     assert penjing("keygen", "other").code == 0
     refused(penjing("verify", "net.penjing", "--key", "other.pub"), "by another key")
     refused(penjing("verify", "net.penjing"), "--key")
-    assert penjing("sign", "net.penjing", "--key", "maker", "--expires", "2020-01-01").code == 0
+    refused(penjing("sign", "net.penjing", "--key", "maker", "--expires", "2020-01-01"), "'2020-01-01' is past")
+    assert penjing("verify", "net.penjing", "--key", "maker.pub").code == 0  # the one that was there still is
+    signatures.sign(net, net.with_name("maker"), expires=datetime(2020, 1, 1, tzinfo=UTC))
     refused(penjing("verify", "net.penjing", "--key", "maker.pub"), "expired on 2020-01-01")
-    refused(penjing("sign", "net.penjing", "--key", "maker", "--expires", "soon"), "'soon' is no date")
+    for date in ("soon", "9999-12-31T23:59-14:00"):
+        refused(penjing("sign", "net.penjing", "--key", "maker", "--expires", date), f"'{date}' is no date")
     net.write_bytes(net.read_bytes() + b"x")
     refused(penjing("verify", "net.penjing", "--key", "maker.pub"), "follow the end of the package")
 

@@ -305,3 +305,11 @@ def test_demo(penjing, desk):
     assert files(desk / "show") == {"bundle", "digits.penjing", "original.penjing"}
     assert "What to try next" in done.err
     assert penjing("inspect", "show/digits.penjing").code == 0
+
+
+def test_a_package_is_compared_with_tensors_that_there_are(penjing, desk):
+    (desk / "none.py").write_text("from torch import nn\n\n\ndef build():\n    return nn.ReLU()\n")
+    done = penjing("pack", "none.py:build", "none.penjing", "--input-shape", "1x4", "--json")
+    assert done.code == 0 and done.json["tensor_bytes"] == 0
+    assert "than the tensors" not in done.err and f"none.penjing: {done.json['bytes']} B\n" in done.err
+    assert "than the tensors" in penjing("pack", "net.py:build", "net.penjing", *SHAPE).err

@@ -313,3 +313,22 @@ def test_the_same_tensor_given_twice() -> None:
     x = torch.rand(2, 3)
     network = capture(Two(), (x, x))
     torch.testing.assert_close(network.run((x, torch.zeros(2, 3)))[0], x * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("learned", [False, True])
+def test_numbers_that_numpy_does_not_know_are_named(tmp_path: Path, dtype: torch.dtype, learned: bool) -> None:
+    class Eight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            held = torch.ones(4).to(dtype)
+            self.eight = nn.Parameter(held, requires_grad=False) if learned else nn.Buffer(held)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.eight.float()
+
+    network = capture(Eight(), (torch.rand(2, 4),))
+    with pytest.raises(InputError, match=f"tensor 'eight' is {str(dtype)[6:]}, which cannot be kept") as caught:
+        network.save(tmp_path / "net.safetensors")
+    assert caught.value.hint and not list(tmp_path.iterdir())

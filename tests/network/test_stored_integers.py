@@ -144,3 +144,34 @@ def test_what_does_not_fit_is_refused(tied: Network, change: dict[str, object], 
     fitting = {"tensor": "table.weight", "scale": torch.ones(11), "zero_point": 0, "axis": 0}
     with pytest.raises(EditError, match=words):
         tied.apply([QuantizeTensor(**(fitting | change))])  # type: ignore[arg-type]
+
+
+class Named(nn.Module):
+    """A weight, and a buffer of the module's own with a name that codes of the weight would want."""
+
+    def __init__(self, buffer: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+        self.register_buffer(buffer, torch.full((4,), 3.0))
+        self.buffer = buffer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight) * getattr(self, self.buffer)
+
+
+@pytest.mark.parametrize("ending", ["_scale", "_zero_point", "_levels"])
+def test_no_tensor_of_the_network_is_overwritten(ending: str) -> None:
+    network = capture(Named(f"weight{ending}").eval(), (torch.randn(3, 8),))
+    weight, want = network.tensors()["weight"].detach(), network.run(torch.ones(2, 8))[0]
+    edits = {e: _edit("weight", grids.tensor_grid(weight, -127, 127, axis=0)) for e in ("_scale", "_zero_point")}
+    edits["_levels"] = QuantizeTensor(tensor="weight", scale=1.0, zero_point=0, levels=torch.arange(-2.0, 3.0))
+    with pytest.raises(EditError, match=f"a tensor of its own called 'weight{ending}'") as caught:
+        network.apply([edits[ending]])
+    assert "another name" in str(caught.value)
+    torch.testing.assert_close(network.run(torch.ones(2, 8))[0], want, rtol=0, atol=0)
+    # The names that this kind of codes does not take are free.
+    per_tensor = network.apply([_edit("weight", grids.tensor_grid(weight, -127, 127))])
+    assert torch.equal(per_tensor.tensors()[f"weight{ending}"], torch.full((4,), 3.0))
+    if ending == "_scale":
+        with pytest.raises(EditError, match="'weight_scale'"):
+            pj.compress(network, pj.Recipe(pj.Quantize(activations=None)), data=torch.randn(8, 8))

@@ -117,7 +117,10 @@ runpy.run_module("penjing.package", run_name="__main__")
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "net.onnx").read_bytes() == onnx_model.load(tmp_path / "net")
-    command[-2] = str(tmp_path / "nothing")
+    command[-1] = str(tmp_path / "net.txt")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "net.txt must end in .onnx" in done.stderr and not Path(command[-1]).exists()
+    command[-2:] = [str(tmp_path / "nothing"), str(tmp_path / "net.onnx")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 

@@ -135,6 +135,32 @@ def test_files_that_are_no_package(host, web, pull, change, says, ranged):
     assert not pull.out.exists() and not pull.kept.exists()
 
 
+FOLDERS = {
+    "page": (lambda true: Response(b"<html>log in</html>"), "manifest: this is not a .penjing package"),
+    "coding": (lambda true: Response(true, headers={"content-encoding": "br"}), "manifest: encodes the file as 'br'"),
+    "gzip": (
+        lambda true: Response(true, headers={"content-encoding": "gzip"}),
+        "manifest: sends an encoding that cann",
+    ),
+    "endless": (lambda true: StreamingResponse(slowly(b"x" * 10**7, 10**5, 0)), "manifest: this is not a .penjing"),
+    "forbidden": (lambda true: Response(status_code=403), "manifest: answers 403 Forbidden"),
+    "broken": (lambda true: Response(status_code=500), "manifest: answers 500 Internal Server Error"),
+    "nothing": (lambda true: Response(status_code=404), "net answers 404 Not Found"),
+}
+
+
+@pytest.mark.parametrize(("answer", "says"), FOLDERS.values(), ids=FOLDERS.keys())
+def test_what_is_wrong_with_a_folders_manifest_is_told(host, pull, answer, says):
+    """A server that answers a folder's own URL with 404, as many do, hides nothing by it."""
+    true = host.whole("net/manifest")
+    host.lie = lambda path, wanted: answer(true) if path == "net/manifest" else None
+    with pytest.raises(TransferError, match=says) as caught:
+        pull(f"{host.url}/net")
+    assert f"{host.url}/net answers 404 Not Found" in caught.value.message
+    assert ("manifest" in caught.value.message) == ("manifest" in says)
+    assert not pull.out.exists() and not pull.kept.exists()
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import penjing as pj
+from penjing.errors import ExportError
 from penjing.network.network import Network
 from penjing.runtimes import RUNTIMES
 from penjing.testing.oracles import captured
@@ -201,3 +202,17 @@ def test_attention_takes_no_sizes_at_run_time(tmp_path: Path) -> None:
     kinds = [n.op_type for n in onnx.load(path).graph.node]
     assert kinds.count("Shape") <= 1  # one for the class token, whatever the number of layers
     assert "Slice" not in kinds
+
+
+def test_what_onnx_has_no_operator_for_is_named(tmp_path: Path) -> None:
+    class Solved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.solve(self.layer.weight, x.T).T
+
+    with pytest.raises(ExportError, match="cannot be written as ONNX: .*linalg_solve") as caught:
+        RUNTIMES.get("onnxruntime").export(pj.capture(Solved().eval(), (torch.rand(2, 4),)), tmp_path / "net.onnx")
+    assert "stack trace" not in caught.value.message

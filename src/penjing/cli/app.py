@@ -86,6 +86,8 @@ _UNWRITABLE = {
     errno.EACCES,
     errno.EPERM,
     errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
     errno.EIO,
 }
 _STOPPED = (130, 143)  # by Ctrl-C, by SIGTERM
@@ -171,6 +173,8 @@ def _explain(error: BaseException) -> tuple[str, str | None, int]:
         return text[:1].lower() + text[1:].rstrip("."), f"{path} --help lists what it takes", 2
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         full = OutputError(f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}")
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return full.message, "name another file", 2
         return full.message, "free some room, or name another place to write to", 2
     if isinstance(error, MemoryError):
         return "out of memory", "use smaller batches or a machine with more memory", 2

@@ -89,7 +89,8 @@ def pack(
             progress=screen,
         )
     raw = sum(network.stored_bytes().values())
-    screen.line(f"{path}: {words.size(size)} ({_beside(size, raw)} than the tensors themselves, {words.size(raw)})")
+    beside = f" ({_beside(size, raw)} than the tensors themselves, {words.size(raw)})" if raw else ""
+    screen.line(f"{path}: {words.size(size)}{beside}")
     found = {"schema": 1, "path": str(path), "bytes": size, "tensor_bytes": raw}
     if layers is not None:
         found["ladder"] = show_ladder(screen, path)
@@ -108,4 +109,4 @@ def _place(context: typer.Context, file: str | None, out: str | None, layout: st
 
 
 def _beside(size: int, raw: int) -> str:
-    return f"{raw / size:.2f}× smaller" if raw >= size else f"{size / max(raw, 1):.2f}× larger"
+    return f"{raw / size:.2f}× smaller" if raw >= size else f"{size / raw:.2f}× larger"

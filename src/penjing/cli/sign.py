@@ -23,7 +23,10 @@ def sign(
         int, typer.Option("--release", metavar="N", min=0, help="The number of the release; a later one has a larger.")
     ] = 1,
     expires: Annotated[
-        str | None, typer.Option("--expires", metavar="DATE", help="When the signature ends, as 2027-12-31 (UTC).")
+        str | None,
+        typer.Option(
+            "--expires", metavar="DATE", help="When the signature ends: 2027-12-31 is 00:00 UTC, when that day begins."
+        ),
     ] = None,
     report: Annotated[
         str | None,
@@ -89,6 +92,9 @@ def sign(
 def _date(text: str) -> datetime:
     try:
         when = datetime.fromisoformat(text)
-    except ValueError as error:
+        when = (when.replace(tzinfo=UTC) if when.tzinfo is None else when).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise InputError(f"{text!r} is no date", hint="write it as 2027-12-31 or 2027-12-31T12:00+00:00") from error
-    return when.replace(tzinfo=UTC) if when.tzinfo is None else when
+    if when <= datetime.now(UTC):
+        raise InputError(f"{text!r} is past: nobody could verify the signature", hint="a date means 00:00 UTC")
+    return when

@@ -59,7 +59,7 @@ class CodeWeights(Step):
     samples: int = 4000
 
     def __post_init__(self) -> None:
-        self.require_between("rate", 0, 1, open_low=True)
+        self.require_between("rate", 0, 1, open_low=True, share=False)
         self.require_whole("samples", 1)
 
     def plan(self, network: Network, context: Context) -> Plan:

@@ -234,7 +234,9 @@ def _plain(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- the checks
 def _check_weights(model: torch.nn.Module) -> None:
     for name, value in model.named_parameters():
-        if not torch.isfinite(value.detach()).all():
+        held = value.detach()
+        held = held.float() if held.is_floating_point() and held.itemsize == 1 else held  # float8 knows no isfinite
+        if not torch.isfinite(held).all():
             raise CaptureError(
                 f"the weights of {name} hold NaN or infinite numbers",
                 hint="check how the network was trained or loaded",

@@ -49,12 +49,13 @@ def share_weight(
 
     Shapes: `levels` (K,) in any order, or (rows, K) for the rows of dimension 0; `scale` a scalar, or one value an
     index of `axis`. A scalar 1 is left away. Returns where levels may train (bool, like the levels), None if all may.
-    Raises EditError for what does not fit the tensor.
+    Raises EditError for what does not fit the tensor, and where another tensor has the name of its levels or scale.
     """
     old = held[name]
     value = old.detach().float()
     scaled = bool(scale.ndim) or float(scale) != 1.0
     _check(name, value, levels, scale, axis)
+    check_free(held, name, "_levels", *(["_scale"] if scaled else []))
     table = levels.detach().float().reshape(-1, levels.shape[-1])
     if len(table) == 1:
         table = torch.unique(table)[None]
@@ -89,6 +90,16 @@ def _check(name: str, value: Tensor, levels: Tensor, scale: Tensor, axis: int | 
         raise EditError(f"the scales of {name} have the shape {tuple(scale.shape)}; its grid wants {wanted}")
     if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
         raise EditError(f"the scales of {name} are not all positive numbers")
+
+
+def check_free(held: Mapping[str, Tensor], name: str, *endings: str) -> None:
+    """Raises EditError if the network has a tensor already that is called `name` with one of the endings."""
+    for new in (name + ending for ending in endings):
+        if any(other == new or other.startswith(f"{new}.") for other in held):
+            raise EditError(
+                f"{name} cannot be stored as codes: the network has a tensor of its own called '{new}'",
+                hint="give it another name in the module, and capture that again",
+            )
 
 
 def _coded(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from penjing.errors import EditError
-from penjing.network.codebooks import codes_behind, packed_bytes
+from penjing.network.codebooks import check_free, codes_behind, packed_bytes
 from penjing.network.graph import DEQUANTIZE
 
 aten = torch.ops.aten
@@ -43,10 +43,12 @@ def quantize_weight(
     """Puts the codes of tensor `name` into `held` and dequantizing nodes behind the nodes that read it.
 
     Shapes: `scale` and `zero_point` are scalars, one value an index of `axis`, or (rows, groups a row) with `group`.
-    Raises EditError for scales that do not fit the tensor.
+    Raises EditError for scales that do not fit the tensor, and where another tensor has their name.
     """
     value = held[name].detach().float()
     _check(name, value, scale, zero_point, limits, axis, group)
+    if axis is not None or group:
+        check_free(held, name, "_scale", "_zero_point")
     if axis is None and not group:
         grid = (float(scale), int(zero_point), *limits, dtype)
         held[name] = decomposed.quantize_per_tensor.default(value, *grid)

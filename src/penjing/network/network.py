@@ -264,6 +264,7 @@ class Network:
 
         bfloat16 has no numpy type: it appears as uint16 with the same bits, and the topology remembers. A mask that is
         False just where its tensor is 0 is named and not kept.
+        Raises InputError for a tensor whose numbers numpy has no type for (float8).
         """
         told = [n for n, mask in self.masks.items() if torch.equal(mask, self._tensors[n] != 0)]
         described: dict[str, Any] = {
@@ -281,7 +282,7 @@ class Network:
             "graph": flat.graph_to_json(self.graph_module.graph),
         }
         described = {k: v for k, v in described.items() if v not in (None, [])}
-        arrays = {n: _to_array(t) for n, t in self._tensors.items()}
+        arrays = {n: _to_array(n, t) for n, t in self._tensors.items()}
         arrays |= {f"{n}.mask": m.cpu().numpy() for n, m in self.masks.items() if n not in told}
         return json.dumps(described, separators=(",", ":"), ensure_ascii=False), arrays
 
@@ -334,10 +335,16 @@ class Network:
         return cls.from_state(*storage.read(Path(path), key="penjing.network"))
 
 
-def _to_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+def _to_array(name: str, tensor: Tensor) -> np.ndarray[Any, Any]:
     held = tensor.detach().cpu()
     held = held.view(torch.uint16) if held.dtype == torch.bfloat16 else held
-    return held.contiguous().numpy()
+    try:
+        return held.contiguous().numpy()
+    except TypeError:  # numpy has no such numbers
+        raise InputError(
+            f"tensor '{name}' is {str(tensor.dtype).removeprefix('torch.')}, which cannot be kept",
+            hint="tensors of bool, integers, or floats of 16 to 64 bits can: convert it in the module",
+        ) from None
 
 
 def _spec_to_json(spec: InputSpec) -> list[Any]:

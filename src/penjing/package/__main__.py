@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from penjing.errors import PenjingError
+from penjing.errors import OutputError, PenjingError
 from penjing.package import onnx_model
 
 
@@ -17,6 +17,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N quality layers")
     args = parser.parse_args()
     try:
+        if not args.out.endswith(".onnx"):
+            raise OutputError(f"{args.out} must end in .onnx", hint="for example net.onnx")
         size = onnx_model.write(args.package, args.out, layers=args.layers)
     except PenjingError as error:
         print(f"error: {error}", file=sys.stderr)

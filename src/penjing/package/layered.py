@@ -40,6 +40,14 @@ def layerable(arrays: Mapping[str, Array]) -> list[str]:
     return [n for n, a in arrays.items() if a.dtype in (np.int8, np.float32) and a.ndim > 1 and a.size >= _LEAST]
 
 
+def check(layers: int) -> None:
+    """Raises InputError for a number of layers that no package has."""
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 2 <= layers <= MAX_LAYERS:
+        raise InputError(
+            f"layers must be from 2 to {MAX_LAYERS}, got {layers!r}", hint="without layers a package has one"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Class:
     """Tensors whose errors weigh alike, and so share a ladder."""
@@ -76,10 +84,7 @@ class Layered:
         layer may have, 0 to 1; without, 0.54, and of sparse networks as much up to 0.8 as makes their SQNR 20 dB.
         Raises InputError, also for networks of which nothing can be cut.
         """
-        if not 2 <= layers <= MAX_LAYERS:
-            raise InputError(
-                f"layers must be from 2 to {MAX_LAYERS}, got {layers}", hint="without layers a package has one"
-            )
+        check(layers)
         self._topology = archive.utf8(topology)
         self._tensors = tuple(archive.described(name, array) for name, array in arrays.items())
         self._flat = [archive.flat(array) for array in arrays.values()]

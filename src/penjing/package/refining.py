@@ -24,8 +24,8 @@ class Refining:
 
     def __init__(self, path: str | os.PathLike[str], *, layers: int | None = None) -> None:
         """Reads the manifest; of the parts, those of the first `layers` are wanted. Raises PackageError, InputError."""
-        if layers is not None and layers < 1:
-            raise InputError(f"layers must be at least 1, got {layers}", hint="1 is the coarsest network that runs")
+        if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 1):
+            raise InputError(f"layers must be at least 1, got {layers!r}", hint="1 is the coarsest network that runs")
         self._path = Path(path)
         front = self._found().manifest
         archive.refuse_other_kinds(layout.parse_header(front.data))

@@ -203,8 +203,16 @@ async def open_source(web: Web, url: httpx2.URL, begun: dict[httpx2.URL, bytearr
         folder = url.copy_with(raw_path=_path(url).encode() + b"/" + _query(url))
         try:
             return await _open_file(web, child(folder, MANIFEST), begun)
-        except Gone:
-            raise first from None
+        except Gone as second:
+            if str(second) == str(first) or str(second).startswith("answers 404"):  # it is no directory
+                raise first from None
+            raise Gone(_both(first, second), wholly=first.wholly or second.wholly) from None
+        except Passing as second:
+            raise Passing(_both(first, second), wait=second.wait, lie=second.lie) from None
+
+
+def _both(first: Gone, second: Gone | Passing) -> str:
+    return f"{first}, and its manifest: {second}"
 
 
 def part_url(source: Source, front: Manifest, number: int) -> httpx2.URL:

@@ -110,10 +110,17 @@ class Step(ABC):
         }
 
     def require_between(
-        self, field: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+        self,
+        field: str,
+        low: float,
+        high: float,
+        *,
+        open_low: bool = False,
+        open_high: bool = False,
+        share: bool = True,
     ) -> None:
         """Raises `PruneChannels.ratio must be between 0 and 1, got 1.5` unless the field is None or inside; no limit at
-        all still means a finite number."""
+        all still means a finite number. `share`: from 0 to 1 is a share, which may have been meant in percent."""
         value = getattr(self, field)
         if value is None:
             return
@@ -141,7 +148,7 @@ class Step(ABC):
                 limits = f"a {'finite ' if isinstance(value, int | float) else ''}number {limits}"
             raise RecipeError(
                 f"{self.name}.{field} must be {limits}, got {value!r}",
-                hint=_percent(value, low, high) or _remedy(type(self), field, low, high),
+                hint=(_percent(value, low, high) if share else None) or _remedy(type(self), field, low, high),
             )
 
     def require_one_of(self, field: str, known: Sequence[Any]) -> None:

@@ -216,5 +216,5 @@ def _reason(error: Exception) -> str:
     cause = error.__cause__ or error
     for line in str(cause).splitlines():
         if line.strip():
-            return line.strip()[:300]
+            return line.strip().removesuffix(" See the stack trace for more information.")[:300]
     return type(cause).__name__
