@@ -39,9 +39,9 @@ PACKAGE = "network.penjing"
 PROVENANCE = "provenance.json"
 #: Rates that are tried until a metric only just holds.
 _TRIALS = 10
-#: How many times as far outputs are judged: networks that lose 0.05 and 0.4 points on images they were trained on, and
-#: 0.3 to 0.4 on others, lose 0.3 to 0.5 there by this measure.
-_STRETCH = 2.0
+#: How many times as far off outputs are judged too. Two roundings of ResNet-56 lose 0.07 and 0.29 points on images that
+#: it was trained on, 0.29 and 0.55 on others, where this expects 0.40 and 0.75; stretching more changes little.
+_STRETCH = 2.5
 
 Targets = str | Target | Sequence[str | Target]
 

@@ -28,6 +28,8 @@ _BATCH = 100
 _PROBES = 10
 #: Multiply-accumulates that go into the moments of a layer: that columns make up for each other takes many positions.
 _WORK = 1.6e10
+#: Of these moments: weights that make up for much rounding follow the samples too closely with less.
+_DAMPING = 3e-3
 #: The largest codes of 8 and 16 bits. What rounding by outputs makes of weights is a little larger than they were.
 _BYTE, _WORD, _ROOM = 127, 32767, 0.9
 
@@ -80,7 +82,7 @@ class CodeWeights(Step):
         values: dict[str, Tensor] = {}
         if batches:
             rules = {n: StepRule(-g.quant_max, g.quant_max, axis=None, step=float(g.scale)) for n, g in grids.items()}
-            found = round_layers(folded, rules, batches, work=_WORK, progress=context.progress)
+            found = round_layers(folded, rules, batches, damping=_DAMPING, work=_WORK, progress=context.progress)
             grids, values = found.grids, {**found.values, **found.biases}
             values = {n: v.to(tensors[n].dtype) for n, v in values.items()}
         for name in biases:
