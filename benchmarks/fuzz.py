@@ -34,6 +34,7 @@ from typing import Any
 
 SECONDS = 2.0  # of processor time for one input
 MEMORY = 512 << 20  # bytes beyond those of the process at its start
+WAIT = 10  # times as long, by the clock on the wall
 FREE = 1 << 20  # raw bytes that a package may declare
 SHOWN = 20  # failures that are kept, and refusals that are named
 
@@ -43,7 +44,13 @@ class Hang(BaseException):
 
 
 def alarm(*_: object) -> None:
+    disarm()  # one Hang an input
     raise Hang
+
+
+def disarm() -> None:
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class Run:
@@ -66,7 +73,7 @@ class Run:
         self.inputs += 1
         began, stopped = time.process_time(), False
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)  # for those who wait
+        signal.setitimer(signal.ITIMER_REAL, WAIT * SECONDS)  # for those who wait
         try:
             self.accepted[self.reader.read(data)] += 1
         except self.refusals as error:
@@ -81,8 +88,7 @@ class Run:
         except BaseException as error:  # a panic of a library in Rust is no Exception
             self.fail("wrong" if type(error).__name__ == "Wrong" else "exception", error, data)
         finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            disarm()
         spent = time.process_time() - began
         self.slowest = max(self.slowest, spent)
         if spent > SECONDS and not stopped:

@@ -78,6 +78,7 @@ def test_a_failure_is_told(monkeypatch):
         raise KeyError(data)
 
     monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    monkeypatch.setattr(fuzz, "WAIT", 1000)  # of a busy machine
     run = fuzz.Run(fuzz_readers.Reader([], forged, bad, 1), fuzz_readers.REFUSALS)
     for data in (b"loop", b"wrong", b"memory", b"other"):
         run.feed(data)

@@ -309,7 +309,15 @@ def test_inside_a_running_loop(host, pull, carried):
     assert asyncio.run(notebook()).complete and pull.out.read_bytes() == carried
 
 
-def test_interrupted_inside_a_running_loop(host, pull, front):
+NOTEBOOK = """
+import asyncio, sys
+from penjing.package.transfer import pull
+async def notebook(): pull(sys.argv[1], sys.argv[2])
+asyncio.new_event_loop().run_until_complete(notebook())
+"""
+
+
+def test_interrupted_inside_a_running_loop(host, pull):
     """The interrupt of a notebook ends the pull, and does not wait for it."""
     stuck = threading.Event()
 
@@ -320,18 +328,11 @@ def test_interrupted_inside_a_running_loop(host, pull, front):
         return None
 
     host.lie = lie
-
-    async def notebook():
-        pull(f"{host.url}/net/", patience=Patience())
-
-    def interrupt():
-        stuck.wait(30)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    loop = asyncio.new_event_loop()
-    with contextlib.closing(loop), pytest.raises(KeyboardInterrupt):
-        loop.run_until_complete(notebook())
+    command = [sys.executable, "-c", NOTEBOOK, f"{host.url}/net/", str(pull.out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert stuck.wait(100)
+        process.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in process.communicate(timeout=100)[1]
     host.honest()
     assert pull(f"{host.url}/net.penjing").complete  # nobody holds the folder any more
 
