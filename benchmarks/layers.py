@@ -2,10 +2,11 @@
 
     python benchmarks/layers.py --data DIR [--images 2000] [--layers 2] [--json FILE]
 
-DIR holds hub.py with networks and images. Each network is quantized to int8 a channel (Quantize without activations)
-and by CodeWeights at several rates, with 1000 training images; packed at once and in layers, without samples and with
-500 training images that say where errors do least. A row tells `single_bytes`, `layered_bytes`, their ratio, and of
-each layer its bytes, their share, and the accuracy on the test images of the network unpacked from so many layers.
+DIR holds hub.py with networks and images. Each network is quantized to int8 a channel (Quantize without activations),
+after four of five weights were pruned too, and by CodeWeights at several rates, with 1000 training images; packed at
+once and in layers, without samples and with 500 training images that say where errors do least. A row tells
+`single_bytes`, `layered_bytes`, their ratio, and of each layer its bytes, their share, and the accuracy on the test
+images of the network unpacked from so many layers.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ import penjing as pj
 from penjing import package
 
 STEPS = {
-    "int8": pj.Quantize(activations=None),
-    "CodeWeights(0.001)": pj.CodeWeights(rate=0.001),
-    "CodeWeights(0.002)": pj.CodeWeights(rate=0.002),
-    "CodeWeights(0.02)": pj.CodeWeights(rate=0.02),
+    "int8": [pj.Quantize(activations=None)],
+    "int8, 80 % zeros": [pj.PruneWeights(sparsity=0.8, criterion="obc", samples=200), pj.Quantize(activations=None)],
+    "CodeWeights(0.001)": [pj.CodeWeights(rate=0.001)],
+    "CodeWeights(0.002)": [pj.CodeWeights(rate=0.002)],
+    "CodeWeights(0.02)": [pj.CodeWeights(rate=0.02)],
 }
 
 
@@ -76,7 +78,7 @@ def main() -> None:
     for name in args.networks:
         network = pj.capture(getattr(hub, name)(), inputs=train[0][0][None].repeat(2, 1, 1, 1), name=name)
         for kind in args.steps:
-            done = pj.compress(network, pj.Recipe(STEPS[kind]), data=first(train, 1000), seed=0).network
+            done = pj.compress(network, pj.Recipe(*STEPS[kind]), data=first(train, 1000), seed=0).network
             for samples in (0, 500):
                 data = first(train, samples) if samples else None
                 with tempfile.TemporaryDirectory() as folder:

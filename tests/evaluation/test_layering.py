@@ -6,7 +6,10 @@ from torch import nn
 
 import penjing as pj
 from penjing.errors import InputError
+from penjing.evaluation.layering import _doubts
 from penjing.package import inspect
+from penjing.package.contents import Rung
+from penjing.progress import SILENT
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,50 @@ def test_the_metric_of_every_layer_is_kept(coded, data, tmp_path):
         right = (pj.unpack(tmp_path / "net.penjing", layers=rung.layer)(x).argmax(1) == y).double().mean()
         assert (rung.name, rung.samples, rung.value) == ("accuracy", 64, pytest.approx(float(right)))
     assert "accuracy" in str(ladder[0]) and "on 64 samples" in str(ladder[0])
+
+
+class Notes:
+    """Progress that keeps what it is told."""
+
+    def __init__(self):
+        self.texts = []
+        self.task = SILENT.task
+
+    def note(self, text):
+        self.texts.append(text)
+
+
+def test_a_first_layer_that_is_large_is_told(coded, network, data, tmp_path):
+    recipe = pj.Recipe(pj.PruneWeights(sparsity=0.9), pj.Quantize(activations=None))
+    sparse = pj.compress(network, recipe, data=None).network
+    for samples, task in ((None, None), (data, "classification")):
+        notes = Notes()
+        pj.pack(coded, tmp_path / "net.penjing", layers=2, data=samples, task=task, progress=notes)
+        assert notes.texts == []
+        pj.pack(sparse, tmp_path / "net.penjing", layers=2, data=samples, task=task, progress=notes)
+        first = pj.unpack(tmp_path / "net.penjing", layers=1)
+        assert (first(data[0]) - sparse(data[0])).norm() < 0.2 * sparse(data[0]).norm()
+        (text,) = notes.texts
+        assert text.startswith("the first layer is larger than usual") and "poor" not in text
+        assert str(inspect(tmp_path / "net.penjing").ladder[0]) in text
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "higher_is_better", "poor"),
+    [
+        ({"name": "SQNR", "unit": "dB", "value": 5.9}, {"name": "SQNR", "value": None}, True, True),
+        ({"name": "SQNR", "unit": "dB", "value": 6.1}, {"name": "SQNR", "value": None}, True, False),
+        ({"name": "SQNR", "value": None}, {"name": "SQNR", "value": None}, True, False),
+        ({"name": "accuracy", "unit": "%", "value": 0.14}, {"name": "accuracy", "unit": "%", "value": 0.9}, True, True),
+        ({"name": "accuracy", "unit": "%", "value": 0.8}, {"name": "accuracy", "unit": "%", "value": 0.9}, True, False),
+        ({"name": "mse", "value": 0.9}, {"name": "mse", "value": 0.3}, False, True),
+        ({"name": "mse", "value": 0.31}, {"name": "mse", "value": 0.3}, False, False),
+    ],
+)
+def test_a_first_layer_that_is_poor_is_told(first, last, higher_is_better, poor):
+    ladder = Rung(layer=1, bytes=50, share=0.5, **first), Rung(layer=2, bytes=100, share=1.0, **last)
+    text = _doubts(ladder, higher_is_better=higher_is_better)
+    assert text.startswith("the first layer is poor") if poor else not text
 
 
 def test_codes_of_tables_are_never_cut(network, tmp_path):

@@ -89,6 +89,52 @@ def test_the_sum_of_signs_does_not_drift():
     assert abs((got - exact).mean()) < 0.02 * np.abs(exact).mean()
 
 
+def pruned(seed=0):
+    """Matrices of which four in five values are zero: where the others are is most of what they hold."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name, shape in (("a", (64, 256)), ("b", (256, 256)), ("c", (256, 16))):
+        values = np.where(rng.random(shape) < 0.8, 0, np.rint(rng.normal(0, 30, shape)))
+        arrays |= {name: values.clip(-127, 127).astype(np.int8), f"{name}_scale": rng.random(shape[1]).astype("f")}
+    return "topology", arrays
+
+
+def test_the_first_layer_of_a_sparse_network_has_its_weights(equal):
+    topology, arrays = pruned()
+    for layers in (2, 4):
+        made = Layered(topology, arrays, layers=layers)
+        coarse, coded = made.arrays(1), made.encode()
+        for name in "abc":
+            assert np.array_equal(np.sign(coarse[name]), np.sign(arrays[name]))
+        assert made.sqnr(1) >= 20 and describe(coded).ladder[0].share < 0.85
+        assert len(coded) <= (1.01 if layers == 2 else 1.03) * len(encode(topology, arrays))
+        assert equal(decode(coded)[1], arrays)
+
+
+def test_a_sparse_tensor_among_dense_ones_is_not_lost():
+    topology, arrays = network(scale=4)
+    rng = np.random.default_rng(2)
+    arrays = {"wide": arrays["wide"], "few": np.where(rng.random((300, 300)) < 0.99, 0, 90).astype(np.int8)}
+    few = Layered(topology, arrays, layers=2, harms={"wide": 1.0, "few": 1e-4}).arrays(1)["few"]
+    assert np.array_equal(few > 0, arrays["few"] > 0)
+
+
+def test_ternary_weights_are_whole_in_the_first_layer(equal):
+    arrays = {"w": np.random.default_rng(0).choice([-1, 0, 1], (200, 300), p=[0.1, 0.8, 0.1]).astype(np.int8)}
+    made = Layered("", arrays, layers=3)
+    assert equal(made.arrays(1), arrays) and equal(decode(made.encode())[1], arrays)
+
+
+def test_dense_networks_have_the_first_layer_they_had():
+    """0.54 of the bytes, the cuts that are the optimal ones for them: nothing is raised."""
+    topology, arrays = network()
+    wide = {"wide": arrays["wide"], "wide_scale": arrays["wide_scale"]}
+    made = Layered(topology, wide, layers=2)
+    assert made.first == 0.54 and 0.5 < describe(made.encode()).ladder[0].share < 0.55
+    coarse = made.arrays(1)["wide"]
+    assert not coarse[np.abs(wide["wide"]) == 1].any()  # so a bin reaches over zero
+
+
 def test_harms_say_where_errors_go():
     topology, arrays = network()
     rng = np.random.default_rng(5)

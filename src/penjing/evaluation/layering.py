@@ -4,6 +4,7 @@ gives."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from penjing.data import Data
 from penjing.errors import InputError
 from penjing.network import Network
 from penjing.package.archive import LADDER
+from penjing.package.contents import Rung, describe
 from penjing.package.layered import Layered, layerable
 from penjing.progress import SILENT, Progress
 from penjing.recipe.judging import scores_of
 from penjing.task import Task
 
 _SAMPLES = 128  # on which harms are measured
+_LARGE = 0.55  # share of the bytes from which on a first layer is said to be large
+_POOR = 6.0  # dB below which it is said to be poor
+_LOST = 1 / 3  # part of the metric, without which it is
 
 Array = NDArray[Any]
 
@@ -38,7 +43,8 @@ def layered(
     packed: topology, arrays and metadata, where they are more than the network's own.
     data: the harm of errors in each tensor is measured on 128 of them, as the change of the outputs; otherwise errors
     count in relation to the weights. With a task, its metric on `data` after each layer is kept in the package, else
-    the weights' SQNR. Raises InputError where nothing can be cut, DataError.
+    the weights' SQNR. A first layer that is large or poor is noted. Raises InputError where nothing can be cut,
+    DataError.
     """
     topology, arrays, metadata = packed or (*network.state(), {"name": network.name})
     names = _candidates(network, arrays)
@@ -50,11 +56,14 @@ def layered(
     if data is not None:
         judge = _Judge(network, data)
         harms = judge.harms(names, made.arrays(1), progress)
-        other = Layered(topology, arrays, layers=layers, harms=harms, progress=progress)
+        other = Layered(topology, arrays, layers=layers, harms=harms, first=made.first, progress=progress)
         # What errors do one by one is not all of what they do together: the samples decide.
         made = min(made, other, key=lambda each: judge.change(topology, each.arrays(1)))
     quality = _measured(made, topology, data, task, progress) if data is not None and task is not None else _told(made)
-    return made.encode({**metadata, LADDER: quality})
+    coded = made.encode({**metadata, LADDER: quality})
+    if text := _doubts(describe(coded).ladder, higher_is_better=task is None or task.higher_is_better):
+        progress.note(text)
+    return coded
 
 
 def _candidates(network: Network, arrays: dict[str, Array]) -> list[str]:
@@ -127,6 +136,21 @@ def _measured(made: Layered, topology: str, data: Data, task: Task, progress: Pr
 def _told(made: Layered) -> dict[str, Any]:
     found = [made.sqnr(layer) for layer in range(1, made.layers + 1)]
     return {"name": "SQNR", "unit": "dB", "values": [round(v, 2) if math.isfinite(v) else None for v in found]}
+
+
+def _doubts(ladder: Sequence[Rung], *, higher_is_better: bool) -> str:
+    """What a person should know of a first layer that is larger or worse than usual; nothing of others."""
+    first, last = ladder[0], ladder[-1]
+    if first.value is None or last.value is None:
+        poor = first.value is not None and first.value < _POOR
+    else:
+        loss = last.value - first.value if higher_is_better else first.value - last.value
+        poor = loss > _LOST * abs(last.value)
+    said = [
+        *(["larger than usual, as in sparse or small networks"] if first.share > _LARGE else []),
+        *(["poor: do not rely on it alone"] if poor else []),
+    ]
+    return f"the first layer is {', and '.join(said)} ({first})" if said else ""
 
 
 __all__ = ["layered"]

@@ -28,7 +28,7 @@ Array = NDArray[Any]
 FIRST = 0.54  # of all bytes, about those of the first layer
 _MORE = (0.57, 0.6, 0.63, 0.66, 0.7, 0.75, 0.8)  # those of sparse networks, as far as they need them
 _FLOOR = 20.0  # dB that they need, as dense networks of 8 bits have
-_SPARSE = 0.5  # of a class's values alike from which on it counts as sparse
+_SPARSE = 0.25  # of a class's values alike from which on it can be sparse
 _LEAST = 1024  # elements of the smallest tensor that is worth cutting
 _LEAST_PART = 64 << 10  # raw bytes of a part of a further layer, where there are so many
 _MOST_PARTS = 8  # of a further layer, where they can be larger
@@ -59,8 +59,9 @@ class _Class:
 
     @property
     def sparse(self) -> bool:
-        """Whether most values are alike, and not all."""
-        return bool(_SPARSE * self.counts.sum() <= self.counts[0] < self.counts.sum())
+        """Whether many values are alike, more than have either neighbour, and not all."""
+        least = max(_SPARSE * self.counts.sum(), self.counts[1])
+        return bool(least <= self.counts[0] < self.counts.sum())
 
 
 class Layered:
@@ -217,7 +218,7 @@ class Layered:
         rest_bits = 8 * rest + self._bits({i: nested.WHOLE for i in uncut}, 1)
         whole_bits = self._bits({i: nested.WHOLE for c in classes for i in c.members}, 1)
         sparse = [k for k, each in enumerate(classes) if each.sparse]
-        mostly = sum(c.counts[0] for c in classes) >= _SPARSE * sum(c.counts.sum() for c in classes) and bool(sparse)
+        mostly = 2 * sum(classes[k].counts.sum() for k in sparse) > sum(c.counts.sum() for c in classes)
         for share in (least_share, *(more for more in _MORE if more > least_share)):
             first = max(share * (whole_bits + rest_bits + 8 * later) - rest_bits, 0.0)
             cuts: list[list[list[int]]] = [[] for _ in classes]
