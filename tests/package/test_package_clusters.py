@@ -64,7 +64,7 @@ def part(unit, models, values):
 def test_what_no_writer_makes_is_refused():
     values = np.arange(200, dtype=np.uint8) % 4
     model = Model(low_bits=0, start=0, precision=0, codes=(1, 1, 1, 1))
-    specs = [Spec(code="?", size=200, unit=200, row=200)]
+    specs = [Spec(code="?", size=200, unit=200, row=200, taps=1)]
     good = part(64, [model], values)
     assert planes.decode(memoryview(good), specs, clustered=True)[0].tobytes() == values.tobytes()
     for bad in (
