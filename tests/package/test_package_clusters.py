@@ -80,7 +80,7 @@ def test_what_no_writer_makes_is_refused():
             bad()
     huge = b"\0\4" + planes._length(1 << 34) + good[3:]
     with pytest.raises(PackageError):
-        planes.decode(memoryview(huge), [Spec(code="?", size=10, unit=10, row=10)], clustered=True)
+        planes.decode(memoryview(huge), [Spec(code="?", size=10, unit=10, row=10, taps=1)], clustered=True)
 
 
 def golden():
