@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from penjing.errors import PackageError
-from penjing.package import archive, codecs, contents, decode, encode, grids, planes
+from penjing.package import archive, codecs, contents, decode, encode, grids, leb128, planes
 from penjing.package.models import Model, pack_models
 from penjing.package.pieces import Spec
 
@@ -57,7 +57,7 @@ def part(unit, models, values):
     assigned = [grids.Assignment(models=np.zeros(-(-len(values) // unit), dtype=np.uint8), single=True)]
     table, stream = pack_models(models), grids.encode(units, assigned, models)
     return b"".join(
-        [b"\0\4", *(planes._length(unit) + planes._length(len(table)) + table, planes._length(len(stream)) + stream)]
+        [b"\0\4", *(leb128.encode(unit) + leb128.encode(len(table)) + table, leb128.encode(len(stream)) + stream)]
     )
 
 
@@ -78,7 +78,7 @@ def test_what_no_writer_makes_is_refused():
     ):
         with pytest.raises(PackageError, match="decoded"):
             bad()
-    huge = b"\0\4" + planes._length(1 << 34) + good[3:]
+    huge = b"\0\4" + leb128.encode(1 << 34) + good[3:]
     with pytest.raises(PackageError):
         planes.decode(memoryview(huge), [Spec(code="?", size=10, unit=10, row=10, taps=1)], clustered=True)
 

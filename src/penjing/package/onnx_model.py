@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from penjing.errors import PackageError
 from penjing.files import appearing
-from penjing.package import archive, refining
+from penjing.package import archive, leb128, refining
 from penjing.package.claims import shown
 
 Array = NDArray[Any]
@@ -192,11 +192,11 @@ def _coded(array: Array, coding: str) -> Array:
 
 
 def _int(number: int, value: int) -> Chunks:
-    return [_varint(number << 3) + _varint(value & (1 << 64) - 1)]
+    return [leb128.encode(number << 3) + leb128.encode(value & (1 << 64) - 1)]
 
 
 def _float(number: int, value: float | str) -> Chunks:
-    return [_varint(number << 3 | 5) + struct.pack("<f", float(value))]
+    return [leb128.encode(number << 3 | 5) + struct.pack("<f", float(value))]
 
 
 def _text(number: int, text: str) -> Chunks:
@@ -205,12 +205,4 @@ def _text(number: int, text: str) -> Chunks:
 
 def _message(number: int, chunks: Iterable[bytes | memoryview]) -> Chunks:
     held = list(chunks)
-    return [_varint(number << 3 | 2) + _varint(sum(map(len, held))), *held]
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
+    return [leb128.encode(number << 3 | 2) + leb128.encode(sum(map(len, held))), *held]

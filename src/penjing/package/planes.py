@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penjing.errors import PackageError
-from penjing.package import grids, zstd
+from penjing.package import grids, leb128, zstd
 from penjing.package.models import Bytes, best_model, pack_models, unpack_models
 from penjing.package.pieces import Spec
 
@@ -130,16 +130,16 @@ def _encode_plane(plane: Bytes) -> bytes:
         table = pack_models([model])
         single = grids.Assignment(models=np.zeros(1, dtype=np.uint8), single=True)
         stream = grids.encode([grids.Grid(values=plane, unit=len(plane))], [single], [model])
-        forms.append(bytes([_MODEL]) + _length(len(table)) + table + _length(len(stream)) + stream)
+        forms.append(bytes([_MODEL]) + leb128.encode(len(table)) + table + leb128.encode(len(stream)) + stream)
     if entropy < _FLAT and len(plane) > _UNIT:
         units = [grids.Grid(values=plane, unit=_UNIT)]
         models, assigned = grids.plan(units, hurry=False)
         table, stream = pack_models(models), grids.encode(units, assigned, models)
-        front = bytes([_CLUSTERS]) + _length(_UNIT) + _length(len(table)) + table
-        forms.append(front + _length(len(stream)) + stream)
+        front = bytes([_CLUSTERS]) + leb128.encode(_UNIT) + leb128.encode(len(table)) + table
+        forms.append(front + leb128.encode(len(stream)) + stream)
     frame = zstd.compress(plane.tobytes(), worth=min(map(len, forms)))
     if frame is not None:
-        forms.append(bytes([_ZSTD]) + _length(len(frame)) + frame)
+        forms.append(bytes([_ZSTD]) + leb128.encode(len(frame)) + frame)
     return min(forms, key=len)
 
 
@@ -163,14 +163,6 @@ def _decode_plane(cursor: _Cursor, count: int, clustered: bool) -> Bytes:
     if form == _CONSTANT:
         return np.full(count, cursor.byte(), dtype=np.uint8)
     raise _damaged()
-
-
-def _length(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
 
 
 class _Cursor:

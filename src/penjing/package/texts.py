@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 
 from penjing.errors import PackageError
-from penjing.package import zstd
+from penjing.package import leb128, zstd
 
 _NUMBERS = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])|(?<![0-9.])\d+\.\d{7,}(?![0-9.e])")
 _MARKS = re.compile(rb"[\1\2]")
@@ -53,7 +53,7 @@ def encode(text: bytes) -> bytes | None:
         left = _NUMBERS.sub(taken, text)
     if not digests and not floats:
         return None
-    front = _length(len(digests)) + _length(len(floats)) + b"".join(digests + floats)
+    front = leb128.encode(len(digests)) + leb128.encode(len(floats)) + b"".join(digests + floats)
     return front + (zstd.compress(left, known=_known()) or b"").removeprefix(_MAGIC)
 
 
@@ -87,14 +87,6 @@ def _known() -> bytes:
 def _written(bits: bytes) -> bytes:
     """A float32 as JSON has it: the shortest decimal number that is its value as a double."""
     return repr(float(np.frombuffer(bits, dtype="<f4")[0])).encode()
-
-
-def _length(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
 
 
 def _number(payload: memoryview, at: int) -> tuple[int, int]:
